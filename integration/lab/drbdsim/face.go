@@ -1,0 +1,224 @@
+package drbdsim
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Wall is a Scheduler by the wall clock. Do runs a function alone, as Cluster wants it.
+type Wall struct{ mu sync.Mutex }
+
+// Now implements Scheduler.
+func (w *Wall) Now() time.Time { return time.Now() }
+
+// After implements Scheduler.
+func (w *Wall) After(d time.Duration, f func()) {
+	time.AfterFunc(d, func() { w.Do(f) })
+}
+
+// Do runs f while nothing else of the model runs.
+func (w *Wall) Do(f func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	f()
+}
+
+// Environment variables of the face programs.
+const (
+	EnvSocket = "DRBDSIM_SOCKET"
+	EnvNode   = "DRBDSIM_NODE"
+)
+
+type call struct {
+	Node    string   `json:"node"`
+	Program string   `json:"program"`
+	Args    []string `json:"args"`
+}
+
+// Call is one command that a face program was given, for tests.
+type Call struct {
+	Node, Command string
+	At            time.Time
+	Took          time.Duration
+	Exit          int
+}
+
+// Server answers face programs for one cluster.
+type Server struct {
+	Cluster *Cluster
+	Wall    *Wall
+
+	mu    sync.Mutex
+	calls []Call
+}
+
+// Calls returns the commands answered so far.
+func (s *Server) Calls() []Call {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.calls)
+}
+
+// Serve answers until the listener is closed, and then waits for the answers in flight.
+func (s *Server) Serve(l net.Listener) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for {
+		c, err := l.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			continue
+		}
+		wg.Go(func() {
+			defer c.Close()
+			s.one(c)
+		})
+	}
+}
+
+// one answers one program. Its output goes back as it is; the last line is NUL and the exit code.
+func (s *Server) one(c net.Conn) {
+	in := bufio.NewReader(c)
+	line, err := in.ReadBytes('\n')
+	var q call
+	if err != nil || json.Unmarshal(line, &q) != nil {
+		return
+	}
+	began := time.Now()
+	n := s.Cluster.Node(q.Node)
+	if n == nil || len(q.Args) == 0 {
+		fmt.Fprintf(c, "\x00%d\n", 1)
+		return
+	}
+	if q.Args[0] == "events2" {
+		s.events(n, c, in)
+		return
+	}
+	out, exit := s.command(n, q)
+	s.mu.Lock()
+	s.calls = append(s.calls, Call{Node: q.Node, Command: strings.Join(q.Args, " "), At: began, Took: time.Since(began), Exit: exit})
+	s.mu.Unlock()
+	fmt.Fprintf(c, "%s\x00%d\n", out, exit)
+}
+
+// events streams until the program ends. The model never waits for a slow reader.
+func (s *Server) events(n *Node, c net.Conn, in *bufio.Reader) {
+	lines := make(chan []string, 4096)
+	s.Wall.Do(func() {
+		n.Listen(func(group []string) {
+			select {
+			case lines <- group:
+			default: // as the kernel's receive buffer overflows
+			}
+		})
+	})
+	gone := make(chan struct{})
+	go func() {
+		_, _ = io.Copy(io.Discard, in) // ends when the program does
+		close(gone)
+	}()
+	for {
+		select {
+		case <-gone:
+			return
+		case group := <-lines:
+			if _, err := io.WriteString(c, strings.Join(group, "\n")+"\n"); err != nil {
+				return
+			}
+		}
+	}
+}
+
+func (s *Server) command(n *Node, q call) (out string, exit int) {
+	answer := func(e *Error) (string, int) {
+		if e == nil {
+			return "", 0
+		}
+		what := "State change failed"
+		if e.Exit == 10 {
+			what = "Failure"
+		}
+		return fmt.Sprintf("%s: %s: (%d) %s\n", s.Cluster.Resource, what, e.Code, e.Text), e.Exit
+	}
+	switch q.Args[0] {
+	case "primary":
+		done := make(chan *Error, 1)
+		s.Wall.Do(func() { n.Primary(func(e *Error) { done <- e }) })
+		return answer(<-done)
+	case "secondary":
+		s.Wall.Do(func() { out, exit = answer(n.Secondary(slices.Contains(q.Args, "--force"))) })
+	case "connect":
+		id := -1
+		if len(q.Args) > 2 {
+			id, _ = strconv.Atoi(q.Args[2])
+		}
+		s.Wall.Do(func() { out, exit = answer(n.Connect(id)) })
+	case "adjust":
+		s.Wall.Do(n.BringUp)
+	case "status":
+		s.Wall.Do(func() { out = n.StatusJSON() })
+		if out == "[]\n" {
+			return answer(errUnknownRes)
+		}
+	case "show":
+		s.Wall.Do(func() { out = n.ShowJSON() })
+	case "sim-may-open": // what the kernel says to a mount
+		s.Wall.Do(func() {
+			if !n.Writable() {
+				exit = 1
+			}
+		})
+	default:
+		return "unknown command\n", 20
+	}
+	return out, exit
+}
+
+// Face is the whole drbdsetup or drbdadm: it asks the server that the environment names, and returns the exit code.
+func Face(program string, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	c, err := net.Dial("unix", os.Getenv(EnvSocket))
+	if err != nil {
+		fmt.Fprintln(stderr, "Could not connect to 'drbd' generic netlink family")
+		return 20
+	}
+	defer c.Close()
+	if err := json.NewEncoder(c).Encode(call{os.Getenv(EnvNode), program, args}); err != nil {
+		return 20
+	}
+	if slices.Contains(args, "--poll") {
+		go func() { // the stream lives as long as stdin is open
+			_, _ = io.Copy(io.Discard, stdin)
+			_ = c.Close()
+		}()
+	}
+	r := bufio.NewReader(c)
+	for {
+		line, err := r.ReadString('\n')
+		if code, ok := strings.CutPrefix(line, "\x00"); ok {
+			exit, _ := strconv.Atoi(strings.TrimSpace(code))
+			return exit
+		}
+		if err != nil {
+			return 20 // the server is gone, as a module that was removed
+		}
+		to := stdout
+		if strings.Contains(line, ": (") {
+			to = stderr
+		}
+		if _, err := io.WriteString(to, line); err != nil {
+			return 0
+		}
+	}
+}
