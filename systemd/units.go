@@ -1,0 +1,400 @@
+package systemd
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	sd "github.com/coreos/go-systemd/v22/dbus"
+	"github.com/godbus/dbus/v5"
+)
+
+// Where systemd listens.
+const (
+	PrivateSocket = "/run/systemd/private"
+	SystemBus     = "/run/dbus/system_bus_socket"
+)
+
+const (
+	callTimeout = 2 * time.Second
+	watchPoll   = 3 * time.Second // re-read although no signal came
+	aliveCheck  = time.Second     // go-systemd does not tell that a connection broke
+)
+
+// ErrUnreachable says that systemd could not be asked. Nothing is known about the unit then.
+var ErrUnreachable = errors.New("systemd does not answer")
+
+// Unit is the state of one unit at one moment.
+type Unit struct {
+	Name   string `json:"name"`
+	Load   string `json:"load"`   // loaded, not-found, masked, error
+	Active string `json:"active"` // active, reloading, inactive, failed, activating, deactivating
+	Sub    string `json:"sub"`
+	Job    uint32 `json:"job,omitempty"` // a job is queued or runs; 0: none
+	// ActiveSince and InactiveSince are the times of the last change into and out of activity; zero: never.
+	ActiveSince   time.Time `json:"active_since"`
+	InactiveSince time.Time `json:"inactive_since"`
+	BegunAt       time.Time `json:"begun_at"`           // when it last began to start; zero: never
+	MainPID       int       `json:"main_pid,omitempty"` // services only
+	Result        string    `json:"result,omitempty"`   // services only: success, exit-code, signal, core-dump, watchdog, timeout, start-limit…
+	ExitStatus    int       `json:"exit_status,omitempty"`
+}
+
+// Running tells whether the unit is up or on its way there.
+func (u Unit) Running() bool {
+	return u.Active == "active" || u.Active == "reloading" || u.Active == "activating"
+}
+
+// Down tells whether nothing of the unit is left: inactive or failed, and no job pending.
+func (u Unit) Down() bool { return (u.Active == "inactive" || u.Active == "failed") && u.Job == 0 }
+
+// StopMode says what may cancel a stop.
+type StopMode string
+
+// The modes of Stop.
+const (
+	Replace      StopMode = "replace"
+	Irreversibly StopMode = "replace-irreversibly" // no queued or later start cancels it
+)
+
+// Units reads and changes units. It connects when first used and again after a break. Its methods may be called concurrently; none waits longer than
+// two seconds for systemd, and none waits for a job to end. Zero fields get the defaults. Close it.
+type Units struct {
+	Private string // systemd's private socket; PrivateSocket
+	Bus     string // the system bus's socket, used when the private one cannot be; SystemBus
+
+	mu     sync.Mutex
+	conn   *sd.Conn
+	dialed chan struct{} // closed when the dial in flight ends
+	closed bool
+}
+
+// Close drops the connection. Later calls fail.
+func (u *Units) Close() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.closed = true
+	if u.conn != nil {
+		u.conn.Close()
+		u.conn = nil
+	}
+}
+
+// State reads a unit. A unit that does not exist has Load "not-found" and Active "inactive". Error: matches ErrUnreachable.
+func (u *Units) State(ctx context.Context, name string) (Unit, error) {
+	out := Unit{Name: name}
+	err := u.call(ctx, func(ctx context.Context, c *sd.Conn) error {
+		props, err := c.GetUnitPropertiesContext(ctx, name)
+		if err != nil {
+			return err
+		}
+		out.Load, out.Active, out.Sub = text(props["LoadState"]), text(props["ActiveState"]), text(props["SubState"])
+		out.ActiveSince, out.InactiveSince = stamp(props["ActiveEnterTimestamp"]), stamp(props["InactiveEnterTimestamp"])
+		out.BegunAt = stamp(props["InactiveExitTimestamp"])
+		if job, ok := props["Job"].([]any); ok && len(job) > 0 {
+			out.Job, _ = job[0].(uint32)
+		}
+		if !strings.HasSuffix(name, ".service") {
+			return nil
+		}
+		if props, err = c.GetUnitTypePropertiesContext(ctx, name, "Service"); err != nil {
+			return err
+		}
+		pid, _ := props["MainPID"].(uint32)
+		status, _ := props["ExecMainStatus"].(int32)
+		out.MainPID, out.ExitStatus, out.Result = int(pid), int(status), text(props["Result"])
+		return nil
+	})
+	if err != nil {
+		return Unit{}, fmt.Errorf("read unit %s: %w", name, err)
+	}
+	return out, nil
+}
+
+// Start queues a start, after clearing a failure and its start limit. It returns when the job is queued.
+func (u *Units) Start(ctx context.Context, name string) error {
+	return u.job(ctx, "start", name, func(ctx context.Context, c *sd.Conn) error {
+		// Without this the start limit of earlier failures refuses. A unit that is not loaded cannot be reset, and need not.
+		if err := c.ResetFailedUnitContext(ctx, name); err != nil && !notLoaded(err) {
+			return err
+		}
+		_, err := c.StartUnitContext(ctx, name, string(Replace), nil)
+		return err
+	})
+}
+
+// Restart queues a stop and a start: for units that count as active although what they did is gone.
+func (u *Units) Restart(ctx context.Context, name string) error {
+	return u.job(ctx, "restart", name, func(ctx context.Context, c *sd.Conn) error {
+		if err := c.ResetFailedUnitContext(ctx, name); err != nil && !notLoaded(err) {
+			return err
+		}
+		_, err := c.RestartUnitContext(ctx, name, string(Replace), nil)
+		return err
+	})
+}
+
+// Stop queues a stop. A unit that is not loaded is stopped already.
+func (u *Units) Stop(ctx context.Context, name string, mode StopMode) error {
+	return u.job(ctx, "stop", name, func(ctx context.Context, c *sd.Conn) error {
+		_, err := c.StopUnitContext(ctx, name, string(mode), nil)
+		return ignoreNotLoaded(err)
+	})
+}
+
+// Kill sends a signal to every process of the unit's cgroup. No process, or no such unit: no error.
+func (u *Units) Kill(ctx context.Context, name string, signal syscall.Signal) error {
+	return u.job(ctx, "kill", name, func(ctx context.Context, c *sd.Conn) error {
+		err := c.KillUnitWithTarget(ctx, name, sd.All, int32(signal))
+		if e, ok := errors.AsType[dbus.Error](err); ok && (e.Name == "org.freedesktop.systemd1.NoSuchProcess" || e.Name == "org.freedesktop.DBus.Error.UnixProcessIdUnknown") {
+			return nil
+		}
+		return ignoreNotLoaded(err)
+	})
+}
+
+// SignalMain sends a signal to the unit's main process only.
+func (u *Units) SignalMain(ctx context.Context, name string, signal syscall.Signal) error {
+	return u.job(ctx, "signal", name, func(ctx context.Context, c *sd.Conn) error {
+		return ignoreNotLoaded(c.KillUnitWithTarget(ctx, name, sd.Main, int32(signal)))
+	})
+}
+
+func (u *Units) job(ctx context.Context, verb, name string, f func(context.Context, *sd.Conn) error) error {
+	if err := u.call(ctx, f); err != nil {
+		return fmt.Errorf("%s unit %s: %w", verb, name, err)
+	}
+	return nil
+}
+
+// Watch calls hint whenever one of the units may have changed, until ctx ends: after signals, after each reconnect, and every few seconds in any case.
+// hint must not block.
+func (u *Units) Watch(ctx context.Context, names []string, hint func()) {
+	for ctx.Err() == nil {
+		u.watchOnce(ctx, names, hint)
+		wait(ctx, aliveCheck)
+	}
+}
+
+// watchOnce follows one connection until it breaks.
+func (u *Units) watchOnce(ctx context.Context, names []string, hint func()) {
+	hint()
+	conn, err := u.dialTimed(ctx)
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	updates, overflow := make(chan *sd.PropertiesUpdate, 256), make(chan error, 1)
+	conn.SetPropertiesSubscriber(updates, overflow)
+	subscribed := make(chan error, 1)
+	go func() { subscribed <- conn.Subscribe() }() // it takes no context; closing the connection ends it
+	wanted := map[string]bool{}
+	for _, n := range names {
+		wanted[n] = true
+	}
+	alive, poll := time.NewTicker(aliveCheck), time.NewTicker(watchPoll)
+	defer alive.Stop()
+	defer poll.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-alive.C:
+			if !conn.Connected() {
+				return
+			}
+		case err := <-subscribed:
+			if err != nil {
+				return // dialled again in a second
+			}
+			hint() // what changed until now was not told
+		case <-poll.C:
+			hint()
+		case err := <-overflow:
+			if err != nil {
+				hint()
+			}
+		case up := <-updates:
+			if wanted[up.UnitName] {
+				hint()
+			}
+		}
+	}
+}
+
+func wait(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	}
+}
+
+// call runs f on the connection, and once more on a new one when the old one turns out to be broken before f did anything.
+func (u *Units) call(ctx context.Context, f func(context.Context, *sd.Conn) error) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	for try := 0; ; try++ {
+		conn, err := u.current(ctx)
+		if err != nil {
+			return err
+		}
+		err = f(ctx, conn)
+		if err == nil {
+			return nil
+		}
+		if _, answered := errors.AsType[dbus.Error](err); answered {
+			return err // systemd said no; the connection is fine
+		}
+		u.drop(conn)
+		if ctx.Err() != nil || try > 0 {
+			return fmt.Errorf("%w: %w", ErrUnreachable, err)
+		}
+	}
+}
+
+func (u *Units) drop(conn *sd.Conn) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.conn == conn {
+		u.conn = nil
+	}
+	conn.Close()
+}
+
+// current returns a living connection. One dial runs at a time; all callers wait for it, each no longer than its context.
+func (u *Units) current(ctx context.Context) (*sd.Conn, error) {
+	for {
+		u.mu.Lock()
+		switch {
+		case u.closed:
+			u.mu.Unlock()
+			return nil, fmt.Errorf("%w: closed", ErrUnreachable)
+		case u.conn != nil && u.conn.Connected():
+			defer u.mu.Unlock()
+			return u.conn, nil
+		case u.conn != nil:
+			u.conn.Close()
+			u.conn = nil
+		}
+		busy := u.dialed
+		if busy == nil {
+			break
+		}
+		u.mu.Unlock()
+		select {
+		case <-busy:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: %w", ErrUnreachable, ctx.Err())
+		}
+	}
+	done := make(chan struct{})
+	u.dialed = done
+	u.mu.Unlock()
+	conn, err := u.dialTimed(ctx)
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.dialed = nil
+	close(done)
+	if err != nil {
+		return nil, err
+	}
+	if u.closed {
+		conn.Close()
+		return nil, fmt.Errorf("%w: closed", ErrUnreachable)
+	}
+	u.conn = conn
+	return conn, nil
+}
+
+// dialTimed connects, but does not wait longer than ctx or callTimeout: go-systemd's own set-up makes calls without a time-out.
+func (u *Units) dialTimed(ctx context.Context) (*sd.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	type dialed struct {
+		conn *sd.Conn
+		err  error
+	}
+	out := make(chan dialed, 1)
+	go func() {
+		conn, err := u.dial()
+		out <- dialed{conn, err}
+	}()
+	select {
+	case d := <-out:
+		if d.err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrUnreachable, d.err)
+		}
+		return d.conn, nil
+	case <-ctx.Done():
+		go func() { // nobody wants it any more
+			if d := <-out; d.err == nil {
+				d.conn.Close()
+			}
+		}()
+		return nil, fmt.Errorf("%w: %w", ErrUnreachable, ctx.Err())
+	}
+}
+
+func (u *Units) dial() (*sd.Conn, error) {
+	conn, err := sd.NewConnection(func() (*dbus.Conn, error) { return connect(cmp.Or(u.Private, PrivateSocket), false) })
+	if err == nil {
+		return conn, nil
+	}
+	conn, busErr := sd.NewConnection(func() (*dbus.Conn, error) { return connect(cmp.Or(u.Bus, SystemBus), true) })
+	if busErr == nil {
+		return conn, nil
+	}
+	return nil, errors.Join(err, busErr)
+}
+
+// connect opens one D-Bus connection whose life no context ends. hello: through a dbus-daemon.
+func connect(socket string, hello bool) (*dbus.Conn, error) {
+	// The default handler starts a goroutine for each signal when a hundred are waiting, and reorders them.
+	conn, err := dbus.Dial("unix:path="+socket, dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
+	if err != nil {
+		return nil, fmt.Errorf("connect to %s: %w", socket, err)
+	}
+	if err = conn.Auth([]dbus.Auth{dbus.AuthExternal(strconv.Itoa(os.Getuid()))}); err == nil && hello {
+		err = conn.Hello()
+	}
+	if err != nil {
+		_ = conn.Close() // it is of no use; the error above says why
+		return nil, fmt.Errorf("authenticate at %s: %w", socket, err)
+	}
+	return conn, nil
+}
+
+func notLoaded(err error) bool {
+	e, ok := errors.AsType[dbus.Error](err)
+	return ok && e.Name == "org.freedesktop.systemd1.NoSuchUnit"
+}
+
+func ignoreNotLoaded(err error) error {
+	if notLoaded(err) {
+		return nil
+	}
+	return err
+}
+
+func text(v any) string {
+	s, _ := v.(string)
+	return s
+}
+
+// stamp turns systemd's microseconds since 1970 into a time.
+func stamp(v any) time.Time {
+	usec, _ := v.(uint64)
+	if usec == 0 {
+		return time.Time{}
+	}
+	return time.UnixMicro(int64(usec))
+}
