@@ -1,0 +1,174 @@
+package bus
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+const (
+	historyLook   = 15 * time.Second // Between two looks at the history of a cluster when all is well.
+	pausedAfter   = 30 * time.Second // A cluster needs some 10 s to find its leaders; less is no news.
+	streamTimeout = 3 * time.Second
+	manyHosts     = 3 // From here on the history has this many copies.
+)
+
+// HistoryOff says why there is no history; "" when there is one.
+func (b *Bus) HistoryOff() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.historyOff == "" && b.opts.StoreDir != "" && b.server != nil && !b.server.JetStreamEnabled() {
+		return "the server switched it off, see its log (a full disk does this)"
+	}
+	return b.historyOff
+}
+
+// HistoryPaused says why the cluster keeps no history at present; "" while it does, and when there is none at all.
+func (b *Bus) HistoryPaused() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.historyPaused
+}
+
+func (b *Bus) setHistory(off string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.historyOff = off
+}
+
+// copies is how many copies a pool's history has. Two hosts have no majority when one is missing, so a second copy would only add a way to stop.
+func copies(hosts int) int {
+	if hosts >= manyHosts {
+		return manyHosts
+	}
+	return 1
+}
+
+// tendHistory looks after the history of a cluster. One host does what is to be done: the leader of the group that the hosts form.
+func (b *Bus) tendHistory(ctx context.Context, now time.Time) {
+	b.mu.Lock()
+	s, w, pool, live, replicas := b.server, b.shape, b.pool, b.live, b.replicas
+	due := now.Sub(b.looked) >= historyLook || b.replicas != copies(len(b.pool.Hosts)) || b.historyPaused != ""
+	b.mu.Unlock()
+	if s == nil || w.cluster == "" || !due || b.HistoryOff() != "" {
+		return
+	}
+	why, got := b.lookAtHistory(ctx, s, pool, live, replicas)
+	if ctx.Err() != nil {
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.looked = now
+	if why == "" {
+		if b.historyPaused != "" {
+			b.opts.Log.Info("history goes on")
+		}
+		b.replicas, b.historyPaused, b.pausedAt = got, "", time.Time{}
+		return
+	}
+	if b.pausedAt.IsZero() {
+		b.pausedAt = now
+	}
+	if b.historyPaused == "" && now.Sub(b.pausedAt) >= pausedAfter {
+		b.opts.Log.Warn("history is paused", "reason", why)
+	}
+	if b.historyPaused != "" || now.Sub(b.pausedAt) >= pausedAfter {
+		b.historyPaused = why
+	}
+}
+
+// lookAtHistory returns the number of copies of the history, or why nothing is kept.
+func (b *Bus) lookAtHistory(ctx context.Context, s *server.Server, pool Pool, live bool, replicas int) (why string, got int) {
+	info, err := s.Jsz(nil)
+	if err != nil || info.Meta == nil {
+		return "its group of hosts has not been formed yet", 0
+	}
+	meta := info.Meta
+	if meta.Leader == "" {
+		return fmt.Sprintf("%d of the %d hosts that keep it are needed, and fewer are there", meta.QuorumNeeded, meta.Size), 0
+	}
+	nc, err := nats.Connect("", nats.InProcessServer(s))
+	if err != nil {
+		return "the server does not answer: " + err.Error(), 0
+	}
+	defer nc.Close()
+	ctx, cancel := context.WithTimeout(ctx, streamTimeout)
+	defer cancel()
+	if s.JetStreamIsLeader() {
+		if live {
+			b.dismiss(ctx, s, meta, pool)
+		}
+		if want := copies(min(len(pool.Hosts), len(meta.Replicas)+1)); replicas != want {
+			if _, err := ensureStream(ctx, nc, b.opts.History, want); err != nil {
+				b.opts.Log.Debug("make history", "copies", want, "err", err)
+			}
+		}
+	}
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return err.Error(), 0
+	}
+	stream, err := js.Stream(ctx, historyStream)
+	switch {
+	case errors.Is(err, jetstream.ErrStreamNotFound):
+		return "it has not been made yet", 0
+	case err != nil:
+		return "the hosts that hold its copies are not there", 0
+	}
+	cached := stream.CachedInfo()
+	if cached.Cluster == nil || cached.Cluster.Leader == "" {
+		return "too few of the hosts that hold its copies are there", 0
+	}
+	return "", cached.Config.Replicas
+}
+
+// dismiss removes hosts that left the pool from the group that keeps the history: they would count for its majority for ever.
+func (b *Bus) dismiss(ctx context.Context, s *server.Server, meta *server.MetaClusterInfo, pool Pool) {
+	members := []string{s.NodeName()}
+	for _, h := range pool.Hosts {
+		members = append(members, nodeID(h.UUID))
+	}
+	for _, p := range meta.Replicas {
+		// A host that is there is one that joins, and our list is a moment behind, or one that is about to leave.
+		if slices.Contains(members, p.Peer) || !p.Offline {
+			continue
+		}
+		err := b.removePeer(ctx, s, p.Peer)
+		b.opts.Log.Info("host left the pool, taking it out of the history's group", "host", p.Name, "err", err)
+		if err != nil {
+			return // One change at a time; the next look goes on.
+		}
+	}
+}
+
+func (b *Bus) removePeer(ctx context.Context, s *server.Server, peer string) error {
+	nc, err := nats.Connect("", nats.InProcessServer(s), nats.UserInfo(systemUser, b.sysPassword))
+	if err != nil {
+		return fmt.Errorf("connect to system account: %w", err)
+	}
+	defer nc.Close()
+	body, err := json.Marshal(server.JSApiMetaServerRemoveRequest{Peer: peer})
+	if err != nil {
+		return fmt.Errorf("encode removal: %w", err)
+	}
+	m, err := nc.RequestWithContext(ctx, server.JSApiRemoveServer, body)
+	if err != nil {
+		return fmt.Errorf("remove host from history: %w", err)
+	}
+	var answer server.JSApiMetaServerRemoveResponse
+	if err := json.Unmarshal(m.Data, &answer); err != nil {
+		return fmt.Errorf("remove host from history: %w", err)
+	}
+	if answer.Error != nil {
+		return fmt.Errorf("remove host from history: %s", answer.Error.Description)
+	}
+	return nil
+}

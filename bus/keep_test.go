@@ -1,0 +1,186 @@
+package bus
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/xostor-agents/xostor-agents/bus/subject"
+)
+
+// keeps waits until every bus given says that the history has the copies that are wanted.
+func (p *testPool) keeps(within time.Duration, want string, hosts ...Host) {
+	p.t.Helper()
+	for _, h := range hosts {
+		eventually(p.t, within, h.UUID+" says that the history has "+want, func() bool {
+			b := p.nodes[h.UUID]
+			b.poke()
+			return b.Condition().History == want && b.HistoryPaused() == ""
+		})
+	}
+}
+
+func publishEvent(t testing.TB, c *Conn, id string) {
+	t.Helper()
+	if err := PublishEvent(c, Event{ID: id, Source: "/test", Type: "t", Subject: subject.XAPI("vdi", "u"), Data: []byte(`{}`)}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// told waits until the history on c has the ids, in any order.
+func told(t testing.TB, c *Conn, within time.Duration, want ...string) {
+	t.Helper()
+	var got []string
+	eventually(t, within, fmt.Sprint("the history has ", want), func() bool {
+		got = nil
+		err := Replay(t.Context(), c, time.Now().Add(-time.Hour), "", func(e Event) error {
+			got = append(got, e.ID)
+			return nil
+		})
+		return err == nil && !slices.ContainsFunc(want, func(id string) bool { return !slices.Contains(got, id) })
+	})
+}
+
+func TestClusterHistory_ThreeCopiesAndAHostThatLeavesIsTakenOut(t *testing.T) {
+	p := newTestPool(t, 4)
+	p.startAll(nil)
+	h := p.pool.Hosts
+	p.meshed(h...)
+	p.keeps(40*time.Second, "3 copies", h...)
+	publishEvent(t, p.conn(h[0]), "one")
+	for _, host := range h {
+		told(t, p.conn(host), 20*time.Second, "one")
+	}
+
+	gone := h[3]
+	if err := p.nodes[gone.UUID].Close(); err != nil {
+		t.Error(err)
+	}
+	delete(p.nodes, gone.UUID)
+	p.pool.Hosts = h[:3]
+	for _, b := range p.nodes {
+		b.SetPool(p.pool)
+	}
+	eventually(t, 40*time.Second, "the group has three hosts", func() bool {
+		b := p.nodes[h[0].UUID]
+		for _, n := range p.nodes {
+			n.poke()
+		}
+		info, err := b.current().Jsz(nil)
+		return err == nil && info.Meta != nil && info.Meta.Size == 3
+	})
+	p.keeps(40*time.Second, "3 copies", h[:3]...)
+	publishEvent(t, p.conn(h[1]), "two")
+	told(t, p.conn(h[2]), 20*time.Second, "one", "two")
+}
+
+func TestClusterHistory_IsPausedWithoutAMajorityAndLiveGoesOn(t *testing.T) {
+	p := newTestPool(t, 3)
+	p.startAll(nil)
+	h := p.pool.Hosts
+	p.meshed(h...)
+	p.keeps(40*time.Second, "3 copies", h...)
+	publishEvent(t, p.conn(h[0]), "before")
+	told(t, p.conn(h[0]), 20*time.Second, "before")
+
+	for _, dead := range h[1:] {
+		if err := p.nodes[dead.UUID].Close(); err != nil {
+			t.Error(err)
+		}
+		delete(p.nodes, dead.UUID)
+	}
+	b := p.nodes[h[0].UUID]
+	b.mu.Lock()
+	b.pausedAt = time.Now().Add(-pausedAfter) // As if half a minute had passed since the first doubt.
+	b.mu.Unlock()
+	eventually(t, 60*time.Second, "the history is said to be paused", func() bool {
+		b.poke()
+		return slices.ContainsFunc(b.Condition().Problems, func(x Problem) bool { return x.Code == "history-paused" })
+	})
+	ear := p.listen(h[0], string(subject.XAPI("vdi", "u")))
+	c := p.conn(h[0])
+	ear.hears(t, 10*time.Second, c, string(subject.XAPI("vdi", "u")), "live")
+	if err := Replay(t.Context(), c, time.Now().Add(-time.Hour), "", func(Event) error { return nil }); !errors.Is(err, ErrHistoryPaused) {
+		t.Errorf("replay: %v, want %v", err, ErrHistoryPaused)
+	}
+
+	p.start(h[1], nil)
+	p.keeps(60*time.Second, "3 copies", h[:2]...)
+	told(t, p.conn(h[1]), 20*time.Second, "before")
+}
+
+func TestClusterHistory_TwoHostsHaveOneCopyAndAThirdMakesItThree(t *testing.T) {
+	p := newTestPool(t, 2)
+	p.startAll(nil)
+	p.meshed(p.pool.Hosts...)
+	p.keeps(40*time.Second, "one copy", p.pool.Hosts...)
+	eventually(t, 30*time.Second, "the stream is there", func() bool {
+		b := p.nodes[p.pool.Hosts[0].UUID]
+		b.poke()
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		return b.replicas == 1
+	})
+	publishEvent(t, p.conn(p.pool.Hosts[0]), "of two")
+	third := testHost(2)
+	p.pool.Hosts = append(p.pool.Hosts, third)
+	p.join(third)
+	p.meshed(p.pool.Hosts...)
+	p.keeps(40*time.Second, "3 copies", p.pool.Hosts...)
+	told(t, p.conn(third), 20*time.Second, "of two")
+}
+
+func TestClusterHistory_CloseEndsInTimeAndACorruptStoreIsMovedAside(t *testing.T) {
+	p := newTestPool(t, 3)
+	p.startAll(nil)
+	h := p.pool.Hosts
+	p.meshed(h...)
+	p.keeps(40*time.Second, "3 copies", h...)
+	publishEvent(t, p.conn(h[0]), "one")
+	told(t, p.conn(h[1]), 20*time.Second, "one")
+
+	victim := p.nodes[h[2].UUID]
+	began := time.Now()
+	if err := victim.Close(); err != nil {
+		t.Error(err)
+	}
+	t.Logf("closed after %s", time.Since(began).Round(time.Millisecond))
+	store := filepath.Join(p.dir, h[2].UUID, poolPrefix+p.pool.UUID, storeFolder)
+	damage(t, store)
+	b := p.start(h[2], nil)
+	p.meshed(h...)
+	p.keeps(60*time.Second, "3 copies", h...)
+	publishEvent(t, p.conn(h[2]), "two")
+	told(t, p.conn(h[2]), 20*time.Second, "one", "two")
+	if c := b.Condition(); len(c.Problems) > 0 {
+		t.Errorf("problems %+v", c.Problems)
+	}
+}
+
+// damage overwrites the middle of each file of a store.
+func damage(t *testing.T, dir string) {
+	t.Helper()
+	n := 0
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		for i := len(raw) / 3; i < len(raw)*2/3; i++ {
+			raw[i] ^= 0x5a
+		}
+		n++
+		return os.WriteFile(path, raw, 0o600)
+	})
+	if err != nil || n == 0 {
+		t.Fatalf("%d files damaged, %v", n, err)
+	}
+}
