@@ -1,0 +1,194 @@
+package failover_test
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/xostor-agents/xostor-agents/agents/failover"
+	"github.com/xostor-agents/xostor-agents/integration/lab/drbdsim"
+)
+
+// scripted is a pool in virtual time without drawn faults: three hosts, the first diskful ones by number.
+func scripted(t *testing.T, diskful int, onNoQuorum string) *world {
+	t.Helper()
+	w := &world{clock: drbdsim.NewVirtual(), rng: rand.New(rand.NewPCG(7, 7)), mgmtCut: map[[2]int]bool{}}
+	cfg := drbdsim.Config{Resource: failover.DefaultNames().Resource, Minor: 1000, Seed: 7, OnNoQuorum: onNoQuorum, RRConflict: "disconnect", OnSuspended: "disconnect"}
+	for i := range 3 {
+		cfg.Nodes = append(cfg.Nodes, drbdsim.NodeConfig{Name: fmt.Sprintf("h%d", i+1), Diskful: i < diskful})
+	}
+	w.cl = drbdsim.New(cfg, w.clock)
+	for _, node := range w.cl.Nodes() {
+		w.hosts = append(w.hosts, &host{w: w, node: node, known: map[string]string{}, ctl: unit{active: "inactive"}, mountUnit: unit{active: "inactive"}, target: unit{active: "inactive"}})
+	}
+	t.Cleanup(func() {
+		for _, h := range w.hosts {
+			h.stopAgent()
+		}
+		if len(w.faults) > 0 {
+			t.Errorf("%s\n%s", strings.Join(w.faults, "; "), strings.Join(w.log, "\n"))
+		}
+	})
+	return w
+}
+
+func (w *world) bootAll(t *testing.T) *host {
+	t.Helper()
+	for _, h := range w.hosts {
+		h.boot()
+	}
+	w.want(t, time.Minute, "a controller", func() bool { return w.owner() != nil && w.connected() })
+	return w.owner()
+}
+
+func (w *world) want(t *testing.T, limit time.Duration, what string, cond func() bool) {
+	t.Helper()
+	if !w.until(limit, cond) {
+		t.Fatalf("not within %s: %s%s\n%s", limit, what, w.summary(), strings.Join(w.log, "\n"))
+	}
+}
+
+// crashAfter lets the agent die after its n-th action from now on.
+func (h *host) crashAfter(n int) { h.crashIn = n }
+
+// The agent dies after each of its first actions in turn, while it takes the database and while it lets go of it. The next life goes on from there.
+func TestScenario_AgentKilledAtEveryStep(t *testing.T) {
+	for step := 1; step <= 6; step++ {
+		t.Run(fmt.Sprintf("promote, step %d", step), func(t *testing.T) {
+			w := scripted(t, 3, "io-error")
+			o := w.bootAll(t)
+			for _, h := range w.hosts {
+				h.crashAfter(step)
+			}
+			o.down()
+			w.want(t, time.Minute, "another host runs the controller", func() bool { n := w.owner(); return n != nil && n != o })
+		})
+		for _, policy := range []string{"io-error", "suspend-io"} {
+			t.Run(fmt.Sprintf("demote, %s, step %d", policy, step), func(t *testing.T) {
+				w := scripted(t, 3, policy)
+				o := w.bootAll(t)
+				o.crashAfter(step)
+				for _, h := range w.hosts {
+					if h != o {
+						w.cl.Cut(o.node, h.node, true)
+					}
+				}
+				w.want(t, time.Minute, "the owner has let go", func() bool { return !o.mounted && !o.ctlAlive && !o.node.IsPrimary() })
+				w.want(t, time.Minute, "another host runs the controller", func() bool { n := w.owner(); return n != nil && n != o })
+				for _, h := range w.hosts {
+					if h != o {
+						w.cl.Cut(o.node, h.node, false)
+					}
+				}
+				w.want(t, time.Minute, "all are connected again", w.connected)
+			})
+		}
+	}
+}
+
+// The target of a move dies while it takes over: some host has the controller again within a minute.
+func TestScenario_MoveTargetDies(t *testing.T) {
+	for after := range 10 {
+		w := scripted(t, 3, "io-error")
+		o := w.bootAll(t)
+		target := w.hosts[(o.node.ID+1)%3]
+		o.table.Order(w.clock.Now(), failover.Move{ID: "m", From: o.node.Name, To: target.node.Name})
+		o.proc.wake()
+		w.clock.Run(time.Duration(after) * 300 * time.Millisecond)
+		target.down()
+		w.want(t, time.Minute, "a controller elsewhere", func() bool { n := w.owner(); return n != nil && n != target })
+	}
+}
+
+// A move to a host that never takes it ends where it began.
+func TestScenario_MoveRollsBack(t *testing.T) {
+	w := scripted(t, 3, "io-error")
+	o := w.bootAll(t)
+	target := w.hosts[(o.node.ID+1)%3]
+	target.stopAgent()
+	o.table.Order(w.clock.Now(), failover.Move{ID: "m", From: o.node.Name, To: target.node.Name})
+	o.proc.wake()
+	w.want(t, time.Minute, "the former owner lets go", func() bool { return !o.node.IsPrimary() })
+	w.want(t, time.Minute, "the former owner has it again", func() bool { return w.owner() == o })
+}
+
+// The whole pool loses power, and hosts come back one by one: nobody is promoted before there is quorum, and status names who is missing.
+func TestScenario_PowerCut(t *testing.T) {
+	w := scripted(t, 3, "io-error")
+	w.bootAll(t)
+	for _, h := range w.hosts {
+		h.down()
+	}
+	w.hosts[0].boot()
+	w.clock.Run(30 * time.Second)
+	if w.owner() != nil {
+		t.Error("a controller without quorum")
+	}
+	s, err := w.hosts[0].agent.Observe(context.Background())
+	if text := failover.Describe(w.clock.Now(), s); err != nil || text != "1 of 3 voters, waiting for host h2, h3" {
+		t.Errorf("status says %q, %v", text, err)
+	}
+	w.hosts[1].boot()
+	w.want(t, time.Minute, "a controller with two of three", func() bool { return w.owner() != nil })
+	w.hosts[2].boot()
+	w.want(t, time.Minute, "all are connected", w.connected)
+}
+
+// Two replicas and a tie-breaker: the tie-breaker goes, then a replica. The owner loses quorum and lets go; when they return, all is well.
+func TestScenario_TieBreakerThenReplica(t *testing.T) {
+	w := scripted(t, 2, "io-error")
+	o := w.bootAll(t)
+	w.hosts[2].down()
+	w.clock.Run(20 * time.Second)
+	if w.owner() != o {
+		t.Fatal("the loss of the tie-breaker alone disturbed the owner")
+	}
+	other := w.hosts[1-o.node.ID]
+	other.down()
+	w.want(t, time.Minute, "the owner has let go", func() bool { return !o.mounted && !o.ctlAlive && !o.node.IsPrimary() })
+	other.boot()
+	w.hosts[2].boot()
+	w.want(t, time.Minute, "a controller", func() bool { return w.owner() != nil && w.connected() })
+}
+
+// The owner's disk fails: DRBD goes on over the network, and so does the controller.
+func TestScenario_DiskDetaches(t *testing.T) {
+	w := scripted(t, 3, "io-error")
+	o := w.bootAll(t)
+	pid := o.ctl.pid
+	o.node.Detach()
+	w.clock.Run(30 * time.Second)
+	if w.owner() != o || o.ctl.pid != pid || o.node.Disk() != "Diskless" {
+		t.Errorf("after the loss of its disk: %s", w.summary())
+	}
+}
+
+// Short losses of quorum under suspend-io cost nothing; long ones cost one failover.
+func TestScenario_QuorumFlap(t *testing.T) {
+	for _, policy := range []string{"io-error", "suspend-io"} {
+		for _, length := range []time.Duration{300 * time.Millisecond, 5 * time.Second, 24 * time.Second} {
+			t.Run(fmt.Sprint(policy, " ", length), func(t *testing.T) {
+				w := scripted(t, 3, policy)
+				o := w.bootAll(t)
+				pid := o.ctl.pid
+				for _, broken := range []bool{true, false} {
+					for _, h := range w.hosts {
+						if h != o {
+							w.cl.Cut(o.node, h.node, broken)
+						}
+					}
+					if broken {
+						w.clock.Run(length)
+					}
+				}
+				w.want(t, time.Minute, "one controller, all connected", func() bool { return w.owner() != nil && w.connected() })
+				if length < time.Second && (w.owner() != o || o.ctl.pid != pid) {
+					t.Error("a flap of 0.3 s disturbed the controller")
+				}
+			})
+		}
+	}
+}

@@ -1,0 +1,207 @@
+package failover
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/xostor-agents/xostor-agents/agents"
+	"github.com/xostor-agents/xostor-agents/agents/internal/drbd"
+	"github.com/xostor-agents/xostor-agents/agents/internal/drbd/child"
+	"github.com/xostor-agents/xostor-agents/bus/subject"
+	"github.com/xostor-agents/xostor-agents/systemd"
+)
+
+// ServiceConfig is how failover is set up on a host. Zero fields get XOSTOR's defaults; Self and Key are compulsory.
+type ServiceConfig struct {
+	Self       string              // this host's node name in DRBD and LINSTOR
+	Key        []byte              // BeatKey of the pool's secret
+	Force      Mode                // "": from facts
+	Names      Names               // DefaultNames
+	Policy     Policy              // DefaultPolicy
+	Paths      Paths               // DefaultPaths
+	Controller string              // base URL of the local controller; http://127.0.0.1:3370
+	Jars       string              // glob of the installed controller's files; /usr/share/linstor-server/lib/*.jar
+	Socket     string              // control socket; DefaultSocket
+	Listen     string              // address for beats; all
+	Port       int                 // DefaultPort
+	Addresses  map[string][]string // further addresses of other hosts by name, such as on the management network
+	ProbeEvery time.Duration       // 10 s
+	BackupLook time.Duration       // between two looks whether a backup is due; a minute
+	Drbdsetup  string              // program
+	Drbdadm    string              // program
+	Major      int                 // of DRBD's block devices; MajorDRBD
+	Log        *slog.Logger
+}
+
+// Service is the failover agent with all it stands on. Make it with NewService, run it with Run.
+type Service struct {
+	cfg     ServiceConfig
+	agent   *Agent
+	drbd    *hostDRBD
+	units   *cachedUnits
+	net     *network
+	prober  *prober
+	keeper  *keeper
+	files   *hostFiles
+	beats   *net.UDPConn
+	backups net.Listener
+	control net.Listener
+	mu      sync.Mutex
+	wake    func(subject.Subject) // of the running agent; nil before
+}
+
+// NewService opens the sockets and makes the agent: when it returns, the service can work. Close it by ending Run's context, or with Close when Run is not called.
+func NewService(cfg ServiceConfig) (*Service, error) {
+	if cfg.Self == "" || len(cfg.Key) == 0 {
+		return nil, errors.New("set up failover: the host's name and the pool's key are needed")
+	}
+	if cfg.Names == (Names{}) {
+		cfg.Names = DefaultNames()
+	}
+	if cfg.Policy == (Policy{}) {
+		cfg.Policy = DefaultPolicy()
+	}
+	if cfg.Paths == (Paths{}) {
+		cfg.Paths = DefaultPaths()
+	}
+	cfg.Controller = cmp.Or(cfg.Controller, "http://127.0.0.1:3370")
+	cfg.Jars = cmp.Or(cfg.Jars, "/usr/share/linstor-server/lib/*.jar")
+	cfg.Socket = cmp.Or(cfg.Socket, DefaultSocket)
+	cfg.Port = cmp.Or(cfg.Port, DefaultPort)
+	cfg.ProbeEvery = cmp.Or(cfg.ProbeEvery, probeEvery)
+	cfg.BackupLook = cmp.Or(cfg.BackupLook, keeperEvery)
+	cfg.Major = cmp.Or(cfg.Major, MajorDRBD)
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	s := &Service{cfg: cfg}
+	if err := s.open(); err != nil {
+		s.Close()
+		return nil, err
+	}
+	s.assemble()
+	return s, nil
+}
+
+func (s *Service) open() (err error) {
+	if s.beats, s.backups, err = listenBeats(s.cfg.Listen, s.cfg.Port); err != nil {
+		return err
+	}
+	if err = os.MkdirAll(filepath.Dir(s.cfg.Socket), 0o755); err != nil {
+		return fmt.Errorf("open control socket: %w", err)
+	}
+	if err = os.Remove(s.cfg.Socket); err != nil && !errors.Is(err, os.ErrNotExist) { // of an agent that was killed
+		return fmt.Errorf("open control socket: %w", err)
+	}
+	if s.control, err = net.Listen("unix", s.cfg.Socket); err != nil {
+		return fmt.Errorf("open control socket: %w", err)
+	}
+	if err = os.Chmod(s.cfg.Socket, 0o600); err != nil {
+		return fmt.Errorf("open control socket: %w", err)
+	}
+	return nil
+}
+
+// Close closes the sockets of a service that was never run.
+func (s *Service) Close() {
+	if s.beats != nil {
+		_ = s.beats.Close()
+	}
+	for _, l := range []net.Listener{s.backups, s.control} {
+		if l != nil {
+			_ = l.Close()
+		}
+	}
+}
+
+func (s *Service) assemble() {
+	c := s.cfg
+	children := &child.Runner{}
+	s.drbd = &hostDRBD{resource: c.Names.Resource, tool: &drbd.Tool{Drbdsetup: c.Drbdsetup, Drbdadm: c.Drbdadm}}
+	s.drbd.Watcher = drbd.NewWatcher(drbd.Events2{Program: c.Drbdsetup, Resource: c.Names.Resource}, s.hint, c.Log)
+	s.units = &cachedUnits{Units: &systemd.Units{}}
+	s.files = &hostFiles{paths: c.Paths, resource: c.Names.Resource, children: children}
+	s.net = &network{key: c.Key, port: c.Port, extra: c.Addresses, view: s.drbd.View, changed: s.hint, save: s.files.saveKnown, log: c.Log,
+		epoch: time.Now().UnixNano(), table: NewTable(c.Self, c.Policy.SuspectAfter, s.files.loadKnown()), last: map[string]packet{}, socks: map[netip.AddrPort]*net.UDPConn{}}
+	s.prober = newProber(c.Controller, c.Names.MountPoint, children, c.ProbeEvery, s.hint)
+	s.keeper = &keeper{store: &Store{Dir: filepath.Join(c.Paths.StateDir, "backups")}, prober: s.prober, names: c.Names, state: c.Paths.StateDir, jars: c.Jars,
+		say: s.net.sayBackups, address: s.net.addressOf, key: c.Key, children: children, every: c.BackupLook, log: c.Log}
+	s.agent = New(Config{Self: c.Self, Names: c.Names, Policy: c.Policy, Force: c.Force, DRBD: s.drbd, Units: s.units, Mounts: hostMounts{c.Major, children},
+		Prober: s.prober, Talk: s.net, Files: s.files, BeforeStart: s.keeper.beforeStart, BackupTrouble: s.keeper.Trouble, Log: c.Log})
+	s.keeper.last = s.agent.Last
+}
+
+// hint makes the agent look.
+func (s *Service) hint() {
+	s.mu.Lock()
+	wake := s.wake
+	s.mu.Unlock()
+	if wake != nil {
+		wake("")
+	}
+}
+
+// Agent is the agent, for `xostor plan`.
+func (s *Service) Agent() *Agent { return s.agent }
+
+// Run runs the agent and all it stands on until ctx ends. o gives the gate, reports and the watchdog; its timings are set where they are zero.
+func (s *Service) Run(ctx context.Context, o agents.Options) error {
+	d := RunOptions()
+	o.Settle, o.SettleMax, o.Resync = cmp.Or(o.Settle, d.Settle), cmp.Or(o.SettleMax, d.SettleMax), cmp.Or(o.Resync, d.Resync)
+	o.PassTimeout, o.BackoffMin, o.BackoffMax = cmp.Or(o.PassTimeout, d.PassTimeout), cmp.Or(o.BackoffMin, d.BackoffMin), cmp.Or(o.BackoffMax, d.BackoffMax)
+	o.Listen = func(ctx context.Context, _ []subject.Subject, wake func(subject.Subject)) error {
+		s.mu.Lock()
+		s.wake = wake
+		s.mu.Unlock()
+		wake("")
+		<-ctx.Done()
+		return nil
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { s.drbd.Run(ctx) })
+	wg.Go(func() { s.drbd.readOptions(ctx, s.hint) })
+	wg.Go(func() {
+		n := s.cfg.Names
+		s.units.Watch(ctx, []string{n.Controller, n.MountUnit, n.Target}, func() { s.units.dirty(); s.hint() })
+	})
+	wg.Go(func() { s.net.run(ctx, s.beats) })
+	wg.Go(func() { s.prober.run(ctx) })
+	wg.Go(func() { s.keeper.run(ctx) })
+	wg.Go(func() { s.keeper.serve(ctx, s.backups) })
+	wg.Go(func() { s.serveControl(ctx) })
+	err := agents.Run(ctx, s.agent, o)
+	cancel()
+	s.units.Close()
+	wg.Wait()
+	_ = os.Remove(s.cfg.Socket) // the next start removes it too
+	return err
+}
+
+func (n *network) sayBackups(list []Backup) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.backups = list
+}
+
+// addressOf is where a host serves its backups, by the storage network first.
+func (n *network) addressOf(host string) string {
+	by, storage := n.destinations()
+	found := ""
+	for ap, name := range by {
+		if name == host && (found == "" || storage[ap.Addr()]) {
+			found = net.JoinHostPort(ap.Addr().String(), strconv.Itoa(n.port))
+		}
+	}
+	return found
+}

@@ -1,0 +1,178 @@
+package failover_test
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+func atoi(s string) int {
+	n, _ := strconv.Atoi(s)
+	return n
+}
+
+// report prints the distribution.
+func report(b *testing.B, what string, d []time.Duration) {
+	b.Helper()
+	if len(d) == 0 {
+		return
+	}
+	slices.Sort(d)
+	ms := func(x time.Duration) float64 { return float64(x.Microseconds()) / 1000 }
+	at := func(q float64) time.Duration { return d[min(int(q*float64(len(d))), len(d)-1)] }
+	b.ReportMetric(ms(at(0.5)), "p50-ms")
+	b.ReportMetric(ms(at(0.95)), "p95-ms")
+	b.ReportMetric(ms(d[len(d)-1]), "max-ms")
+	b.ReportMetric(0, "ns/op")
+	fmt.Printf("%s: n=%d min %.1f p50 %.1f p95 %.1f max %.1f ms\n", what, len(d), ms(d[0]), ms(at(0.5)), ms(at(0.95)), ms(d[len(d)-1]))
+}
+
+// The controller is killed -> systemd begins to start it again. A pool each, because the third failure hands it over.
+func BenchmarkControllerKilled(b *testing.B) {
+	var all []time.Duration
+	for range b.N {
+		p := newPool(b, "io-error")
+		o := p.settled()
+		began := time.Now()
+		o.signalController(syscall.SIGKILL)
+		p.until(10*time.Second, "the unit starts again", func() bool { return o.state(testNames.Controller).BegunAt.After(began) })
+		all = append(all, o.state(testNames.Controller).BegunAt.Sub(began))
+		p.close()
+	}
+	report(b, "controller killed -> restarting", all)
+}
+
+// Quorum is lost with writes frozen and the writer in state D -> Secondary and unmounted. Of that, 500 ms are the grace for short flaps.
+func BenchmarkQuorumLost(b *testing.B) {
+	for _, policy := range []string{"suspend-io", "io-error"} {
+		b.Run(policy, func(b *testing.B) {
+			var all []time.Duration
+			p := newPool(b, policy)
+			for range b.N {
+				o := p.settled()
+				p.until(30*time.Second, "all hosts are connected", p.connected)
+				began := time.Now()
+				p.cut(o, true)
+				p.until(20*time.Second, "the owner has let go", func() bool { return !o.since(began, "unmounted").IsZero() && !o.since(began, "no primary").IsZero() })
+				end := o.since(began, "unmounted")
+				if s := o.since(began, "no primary"); s.After(end) {
+					end = s
+				}
+				all = append(all, end.Sub(o.since(began, "no quorum")))
+				p.cut(o, false)
+			}
+			report(b, "quorum lost ("+policy+") -> Secondary and unmounted", all)
+			p.close()
+		})
+	}
+}
+
+// may_promote -> drbdsetup primary called, and that answered -> the mount unit begins to start: the sum is ours, DRBD's time between is not.
+func BenchmarkPromote(b *testing.B) {
+	var all, asked, started []time.Duration
+	p := newPool(b, "io-error")
+	for range b.N {
+		o := p.settled()
+		p.until(30*time.Second, "all hosts are connected", p.connected)
+		began := time.Now()
+		p.cut(o, true) // the others notice by their own clocks
+		var next *host
+		p.until(30*time.Second, "another host takes over", func() bool { next = p.owner(); return next != nil && next != o })
+		primary := time.Time{}
+		var took time.Duration
+		for _, c := range p.server.Calls() {
+			if c.Node == next.name && strings.HasPrefix(c.Command, "primary") && c.Exit == 0 && c.At.After(began) && primary.IsZero() {
+				primary, took = c.At, c.Took
+			}
+		}
+		may := lastBefore(next, "may-promote", primary)
+		begun := next.state(testNames.MountUnit).BegunAt
+		if !may.IsZero() && may.After(began) && begun.After(primary) {
+			asked, started = append(asked, primary.Sub(may)), append(started, begun.Sub(primary.Add(took)))
+			all = append(all, primary.Sub(may)+begun.Sub(primary.Add(took)))
+		}
+		p.cut(o, false)
+	}
+	report(b, "may_promote -> drbdsetup primary runs", asked)
+	report(b, "drbdsetup primary done -> the mount unit starts", started)
+	report(b, "may_promote -> StartUnit, without DRBD's own time", all)
+	p.close()
+}
+
+// lastBefore returns the last time before t that something was noted.
+func lastBefore(h *host, what string, t time.Time) (at time.Time) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, c := range h.changes {
+		if c.what == what && c.at.Before(t) {
+			at = c.at
+		}
+	}
+	return at
+}
+
+// The owner's host dies -> the database is mounted elsewhere, in all and without what `drbdsetup primary` took.
+func BenchmarkHostDies(b *testing.B) {
+	var all, own []time.Duration
+	for range b.N {
+		p := newPool(b, "io-error")
+		o := p.settled()
+		p.until(30*time.Second, "all hosts are connected", p.connected)
+		p.cl.PingInt = 10 * time.Second
+		began := time.Now()
+		p.die(o)
+		var next *host
+		p.until(30*time.Second, "another host has mounted it", func() bool {
+			for _, h := range p.others(o) {
+				if !h.since(began, "mounted").IsZero() {
+					next = h
+				}
+			}
+			return next != nil
+		})
+		total := next.since(began, "mounted").Sub(began)
+		all = append(all, total)
+		for _, c := range p.server.Calls() {
+			if c.Node == next.name && strings.HasPrefix(c.Command, "primary") && c.At.After(began) {
+				total -= c.Took
+			}
+		}
+		own = append(own, total)
+		p.close()
+	}
+	report(b, "host dead -> mounted, DRBD's time included", all)
+	report(b, "host dead -> mounted, our own time", own)
+}
+
+// Resident memory of an agent process that owns, with two peers, after the pool has settled and moved twice.
+func BenchmarkAgentMemory(b *testing.B) {
+	for range b.N {
+		p := newPool(b, "io-error")
+		for range 2 {
+			o := p.settled()
+			p.until(30*time.Second, "all hosts are connected", p.connected)
+			p.cut(o, true)
+			p.until(30*time.Second, "another host takes over", func() bool { n := p.owner(); return n != nil && n != o })
+			p.cut(o, false)
+		}
+		o := p.settled()
+		for _, pid := range o.pids("agent") {
+			status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+			must(b, err)
+			for line := range strings.Lines(string(status)) {
+				if kb, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+					b.ReportMetric(float64(atoi(strings.Fields(kb)[0]))/1024, "MiB-RSS")
+				}
+				if kb, ok := strings.CutPrefix(line, "RssAnon:"); ok {
+					b.ReportMetric(float64(atoi(strings.Fields(kb)[0]))/1024, "MiB-anon")
+				}
+			}
+		}
+		p.close()
+	}
+}
