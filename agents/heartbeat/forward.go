@@ -1,0 +1,312 @@
+package heartbeat
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/xostor-agents/xostor-agents/agents/heartbeat/nbd"
+)
+
+// forwarder is a host's front: it passes requests of local clients to the owner, holds them during an outage and tries
+// again. It is what Dialer finds that it talks to.
+type forwarder struct {
+	t     Timing
+	size  int64
+	slots bool          // The export has xhad's host slots, which have one writer each.
+	turn  chan struct{} // One request at a time; waiting senders are served in their order.
+
+	mu      sync.Mutex
+	f       *Front
+	link    *ownerLink
+	changed chan struct{} // Closed and replaced at each change of link.
+	stats   Stats
+	heard   time.Time
+	owner   string
+	stopped bool
+}
+
+// stop fails all requests from now on: the process ends, and the kernel sends them again to the next one.
+func (w *forwarder) stop() {
+	w.mu.Lock()
+	l := w.link
+	w.link, w.stopped = nil, true
+	w.announce()
+	w.mu.Unlock()
+	if l != nil {
+		l.client.Close()
+	}
+}
+
+// ownerLink is a connection to an owner.
+type ownerLink struct {
+	client *nbd.Client
+	owner  string
+}
+
+// Stats are a front's counters.
+type Stats struct {
+	Requests uint64
+	Failed   uint64
+	Outages  uint64
+	Longest  time.Duration                  // Longest time of a request that was served.
+	Buckets  [len(LatencyBounds) + 1]uint64 // By latency; the last is everything slower.
+}
+
+// LatencyBounds are the upper bounds of the latency histogram.
+var LatencyBounds = [...]time.Duration{time.Millisecond, 5 * time.Millisecond, 20 * time.Millisecond, 100 * time.Millisecond, 500 * time.Millisecond,
+	2 * time.Second, 5 * time.Second, 10 * time.Second, 20 * time.Second}
+
+func newForwarder(t Timing, size int64, slots, takeover bool) *forwarder {
+	return &forwarder{t: t, size: size, slots: slots, turn: make(chan struct{}, 1), f: NewFront(time.Now(), t, takeover), changed: make(chan struct{})}
+}
+
+func (w *forwarder) announce() {
+	close(w.changed)
+	w.changed = make(chan struct{})
+}
+
+// attach gives the front a connection to an owner.
+func (w *forwarder) attach(l *ownerLink) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.stopped {
+		go l.client.Close()
+		return
+	}
+	w.link = l
+	w.announce()
+}
+
+// detach takes a connection away that failed; since is when it began to owe an answer.
+func (w *forwarder) detach(l *ownerLink, since time.Time) {
+	l.client.Close()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.link != l {
+		return
+	}
+	w.link = nil
+	w.beginOutage(since)
+	w.announce()
+}
+
+func (w *forwarder) beginOutage(since time.Time) {
+	if _, already := w.f.Outage(); !already {
+		w.stats.Outages++
+		w.f.Lost(since)
+	}
+}
+
+func (w *forwarder) answered(l *ownerLink, now time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.heard, w.owner = now, l.owner
+	w.f.Answered()
+}
+
+// wait returns a connection, or nil when the request has to fail.
+func (w *forwarder) wait(arrived time.Time) (*ownerLink, time.Time) {
+	for {
+		now := time.Now()
+		w.mu.Lock()
+		l, changed := w.link, w.changed
+		until, ok := w.f.Until(now, arrived)
+		ok = ok && !w.stopped
+		w.mu.Unlock()
+		if !ok {
+			return nil, until
+		}
+		if l != nil {
+			return l, until
+		}
+		timer := time.NewTimer(until.Sub(now))
+		select {
+		case <-changed:
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// verb does one attempt on a connection.
+type verb func(c *nbd.Client, timeout time.Duration) error
+
+// request passes one request on. write with n bytes at off says what may be repeated.
+func (w *forwarder) request(alive func() bool, write bool, off, n int64, do verb) error {
+	w.turn <- struct{}{}
+	defer func() { <-w.turn }()
+	arrived := time.Now()
+	if !alive() {
+		return nbd.ESHUTDOWN // The kernel has given this socket up and sends the request again on another.
+	}
+	w.mu.Lock()
+	repeatable := !write || w.slots && Repeatable(off, n)
+	takes := repeatable || w.f.TakesShared(arrived)
+	w.mu.Unlock()
+	err := error(nbd.EIO)
+	if takes {
+		err = w.attempts(arrived, !repeatable, do)
+	}
+	w.count(time.Since(arrived), err)
+	return err
+}
+
+func (w *forwarder) attempts(arrived time.Time, once bool, do verb) error {
+	for {
+		l, until := w.wait(arrived)
+		if l == nil {
+			return nbd.EIO
+		}
+		err := do(l.client, min(w.t.Attempt, time.Until(until)))
+		var wire nbd.Error
+		isWire := errors.As(err, &wire)
+		switch {
+		case err == nil:
+			w.answered(l, time.Now())
+			return nil
+		case isWire && wire != nbd.EIO && wire != nbd.ESHUTDOWN:
+			w.answered(l, time.Now())
+			return wire // The request was wrong; another owner would say the same.
+		}
+		w.detach(l, arrived)
+		if once && !(isWire && wire == nbd.ESHUTDOWN) {
+			return nbd.EIO // It may have been done; doing it again could undo another host's write.
+		}
+	}
+}
+
+func (w *forwarder) count(d time.Duration, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.stats.Requests++
+	if err != nil {
+		w.stats.Failed++
+		return
+	}
+	w.stats.Longest = max(w.stats.Longest, d)
+	i := 0
+	for i < len(LatencyBounds) && d > LatencyBounds[i] {
+		i++
+	}
+	w.stats.Buckets[i]++
+}
+
+// ping asks the owner for a sector if nothing else is under way.
+func (w *forwarder) ping(buf []byte) {
+	select {
+	case w.turn <- struct{}{}:
+		defer func() { <-w.turn }()
+	default:
+		return
+	}
+	w.mu.Lock()
+	l := w.link
+	w.mu.Unlock()
+	if l == nil {
+		return
+	}
+	asked := time.Now()
+	if err := l.client.Read(buf, 0, w.t.Attempt); err != nil {
+		w.detach(l, asked)
+		return
+	}
+	w.answered(l, time.Now())
+}
+
+// localSession is one local client's connection to the front.
+type localSession struct {
+	w     *forwarder
+	alive func() bool
+	p     []byte
+	off   int64
+	fua   bool
+	n     int64
+	// The verbs are made once, so that a request allocates nothing.
+	doRead, doWrite, doZero, doFlush verb
+}
+
+func (w *forwarder) session(conn net.Conn) *localSession {
+	s := &localSession{w: w, alive: hangUp(conn)}
+	s.doRead = func(c *nbd.Client, t time.Duration) error { return c.Read(s.p, s.off, t) }
+	s.doWrite = func(c *nbd.Client, t time.Duration) error { return c.Write(s.p, s.off, s.fua, t) }
+	s.doZero = func(c *nbd.Client, t time.Duration) error { return c.Zero(s.off, s.n, s.fua, t) }
+	s.doFlush = func(c *nbd.Client, t time.Duration) error { return c.Flush(t) }
+	return s
+}
+
+func (s *localSession) Info() nbd.Info {
+	return nbd.Info{Size: uint64(s.w.size), MinBlock: 512, Preferred: 4096, Flags: nbd.FlagFlush | nbd.FlagFUA | nbd.FlagWriteZeroes | nbd.FlagMultiConn}
+}
+
+func (s *localSession) Read(p []byte, off int64) error {
+	s.p, s.off = p, off
+	return s.w.request(s.alive, false, off, int64(len(p)), s.doRead)
+}
+
+func (s *localSession) Write(p []byte, off int64, fua bool) error {
+	s.p, s.off, s.fua = p, off, fua
+	return s.w.request(s.alive, true, off, int64(len(p)), s.doWrite)
+}
+
+func (s *localSession) Zero(off, n int64, fua bool) error {
+	s.off, s.n, s.fua = off, n, fua
+	return s.w.request(s.alive, true, off, n, s.doZero)
+}
+
+func (s *localSession) Flush() error { return s.w.request(s.alive, false, 0, 0, s.doFlush) }
+func (s *localSession) Close()       {}
+
+// hangUp returns a check whether the peer still has conn open. The kernel shuts a socket down before it sends its requests
+// again on another one, so a request from a socket that is shut down must not be passed on any more.
+func hangUp(conn net.Conn) func() bool {
+	sc, ok := conn.(syscall.Conn)
+	if !ok {
+		return func() bool { return true }
+	}
+	raw, err := sc.SyscallConn()
+	if err != nil {
+		return func() bool { return true }
+	}
+	fds := make([]unix.PollFd, 1)
+	gone := false
+	check := func(fd uintptr) {
+		fds[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLRDHUP}
+		_, err := unix.Poll(fds, 0)
+		gone = err == nil && fds[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
+	}
+	return func() bool {
+		gone = false
+		if err := raw.Control(check); err != nil {
+			return false
+		}
+		return !gone
+	}
+}
+
+// localExports serves the front under one name to local clients.
+type localExports struct {
+	name string
+	w    *forwarder
+}
+
+func (e localExports) List(nbd.Peer) []string { return []string{e.name} }
+
+func (e localExports) Stat(name string, p nbd.Peer) (nbd.Info, error) {
+	if name != e.name && name != "" {
+		return nbd.Info{}, &nbd.Refusal{Code: nbd.Unknown, Message: "no such export"}
+	}
+	return e.w.session(p.Conn).Info(), nil
+}
+
+func (e localExports) Open(_ context.Context, name string, p nbd.Peer) (nbd.Session, error) {
+	if _, err := e.Stat(name, p); err != nil {
+		return nil, err
+	}
+	return e.w.session(p.Conn), nil
+}

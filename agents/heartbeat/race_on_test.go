@@ -1,0 +1,6 @@
+//go:build race
+
+package heartbeat
+
+// The race detector makes the simulation ten times slower.
+const raceEnabled = true

@@ -1,0 +1,69 @@
+// Package heartbeat gives every host of a pool the HA statefile although DRBD lets one host open it: the owner serves it,
+// candidates take over, and a front on each host holds requests meanwhile. See DESIGN.md.
+//
+// Owner, Candidate and Front are state machines without clock, I/O or goroutines. Promised by them together, for one
+// device under DRBD's quorum: acknowledged writes are not lost, reads are linearizable, a request that was given up never
+// takes effect after a later request of the same host was acknowledged. Not promised: that a request succeeds; after the
+// hold budget of an outage it fails with EIO.
+package heartbeat
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/xostor-agents/xostor-agents/agents"
+	"github.com/xostor-agents/xostor-agents/agents/heartbeat/statefile"
+)
+
+// Timing is every duration that the shim uses. They follow from xhad's time-outs.
+type Timing struct {
+	Attempt time.Duration // One request at one owner, before its connection is given up.
+	Ping    time.Duration // Between pings of an idle connection to the owner.
+	Suspect time.Duration // Silence of the owner that founds a suspicion.
+	Rank    time.Duration // A candidate's delay per rank.
+	Reopen  time.Duration // Between two opens of one candidate.
+	Hold    time.Duration // What an outage may take before requests fail, from its start.
+	Evict   time.Duration // Silence of an owner whose kernel answers, before the own link to it is cut.
+	Lease   time.Duration // How long a completed replicated write vouches for reads, from its start.
+	Settle  time.Duration // What a new owner waits after an unclean end of the one before; more than Lease.
+	Probe   time.Duration // Between an idle owner's probe writes.
+}
+
+// KernelTimeout is the kernel's request time-out for nbd: more than Hold, or it would end the socket that is being held.
+func (t Timing) KernelTimeout() time.Duration { return t.Hold + 2*time.Second }
+
+// KernelDead is how long the kernel waits for a new socket when the shim has died.
+func (t Timing) KernelDead() time.Duration { return t.Hold + 7*time.Second }
+
+// Failover is the longest time that a host's crash takes, as xhad sees it: silence, DRBD dropping the dead peer, settling
+// and finding the new owner.
+func (t Timing) Failover() time.Duration {
+	return t.Suspect + 1200*time.Millisecond + t.Settle
+}
+
+// DeriveTiming scales the times to xhad's. Below T=20 nothing that can be tuned leaves enough room, which the finding
+// says with its numbers.
+func DeriveTiming(x statefile.Timeouts) (Timing, []agents.Finding) {
+	tolerated := x.Tolerated()
+	t := Timing{Attempt: 2 * time.Second, Rank: 300 * time.Millisecond, Reopen: time.Second,
+		Lease: 250 * time.Millisecond, Settle: 300 * time.Millisecond, Probe: time.Second}
+	switch {
+	case tolerated >= 30*time.Second:
+		t.Suspect = 3 * time.Second
+	case tolerated >= 10*time.Second:
+		t.Suspect = 2 * time.Second
+	default:
+		t.Suspect = time.Second
+	}
+	t.Attempt = min(t.Attempt, t.Suspect)
+	t.Ping = t.Suspect / 3
+	t.Hold = min(max(tolerated/3, 3*time.Second), 17*time.Second)
+	t.Evict = min(max(tolerated/5, t.Suspect+1500*time.Millisecond), 10*time.Second)
+	if x.StateFileTimeout >= 20*time.Second && tolerated > t.Failover()+t.Hold/2 {
+		return t, nil
+	}
+	return t, []agents.Finding{{Code: "heartbeat-timeout-short", Subject: "ha-config:timeout", Severity: agents.Warning,
+		Text: fmt.Sprintf("HA time-out %v tolerates an outage of the statefile of %v; a crash of its owner takes up to %v and the kernel's request time-out is %v",
+			x.StateFileTimeout, tolerated, t.Failover(), t.KernelTimeout()),
+		Fix: "disable HA and enable it with ha-config:timeout=60 (at least 20)"}}
+}
