@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 )
@@ -28,9 +29,11 @@ The bus and the agent are the real program, as processes of their own. Nothing i
 
 Usage: xostor-demo [FLAGS]
 
-  (no flag)        play the story: disks are created, written, snapshotted, grown; a host is lost and comes back; LINSTOR's
-                   controller and XAPI's coordinator move. Ends by itself in under a minute; exit code 0 if every step came true.
-  --stay           afterwards keep the pool running, with commands to try, until Ctrl-C
+  (no flag)        play all scenes, each under a minute; exit code 0 if every step came true
+  --scene NAME     only this one:
+    pool           disks are created, written, snapshotted, grown; a host is lost and comes back; LINSTOR's controller and
+                   XAPI's coordinator move
+  --stay           only the scene pool; afterwards keep the pool running, with commands to try, until Ctrl-C
   --chaos          kill and restart everything at random while disks change, then check all numbers
     --for 2m       how long
     --seed N       the same kills and changes again (printed at the start)
@@ -48,7 +51,7 @@ Read a line of the story like this:
 
 // options are the flags.
 type options struct {
-	xostor               string
+	xostor, scene        string
 	stay, chaos, bench   bool
 	length               time.Duration
 	seed                 uint64
@@ -74,8 +77,10 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 		return exitUsage
 	}
 	t := newTimeline(out, !o.noColor)
-	mode := story
+	mode := playScenes
 	switch {
+	case o.stay:
+		mode = story
 	case o.chaos:
 		mode = chaos
 	case o.bench:
@@ -96,6 +101,7 @@ func parse(args []string) (options, error) {
 	fs := flag.NewFlagSet("xostor-demo", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	fs.StringVar(&o.xostor, "xostor", "", "")
+	fs.StringVar(&o.scene, "scene", "", "")
 	fs.BoolVar(&o.stay, "stay", false, "")
 	fs.BoolVar(&o.chaos, "chaos", false, "")
 	fs.BoolVar(&o.bench, "bench", false, "")
@@ -110,14 +116,17 @@ func parse(args []string) (options, error) {
 	if fs.NArg() > 0 {
 		return o, fmt.Errorf("unexpected argument %q", fs.Arg(0))
 	}
+	if o.scene != "" && !slices.ContainsFunc(scenes(), func(s scene) bool { return s.name == o.scene }) {
+		return o, fmt.Errorf("there is no scene %q; there is %s", o.scene, sceneNames())
+	}
 	modes := 0
-	for _, on := range []bool{o.stay, o.chaos, o.bench} {
+	for _, on := range []bool{o.scene != "", o.stay, o.chaos, o.bench} {
 		if on {
 			modes++
 		}
 	}
 	if modes > 1 {
-		return o, errors.New("--stay, --chaos and --bench exclude each other")
+		return o, errors.New("--scene, --stay, --chaos and --bench exclude each other")
 	}
 	if o.length <= 0 || o.changes < 1 || o.quietGrowth < 0 {
 		return o, errors.New("--for and --changes must be positive, --quiet not negative")
