@@ -17,6 +17,7 @@ const (
 	historyLook   = 15 * time.Second // Between two looks at the history of a cluster when all is well.
 	pausedAfter   = 30 * time.Second // A cluster needs some 10 s to find its leaders; less is no news.
 	streamTimeout = 3 * time.Second
+	silentAfter   = 10 * time.Second // A host of the group that was not heard for this long and has no route is not there.
 	manyHosts     = 3 // From here on the history has this many copies.
 )
 
@@ -60,13 +61,16 @@ func (b *Bus) tendHistory(ctx context.Context, now time.Time) {
 	if s == nil || w.cluster == "" || !due || b.HistoryOff() != "" {
 		return
 	}
-	why, got := b.lookAtHistory(ctx, s, pool, live, replicas)
+	why, got, again := b.lookAtHistory(ctx, s, pool, live, replicas)
 	if ctx.Err() != nil {
 		return
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.looked = now
+	if again {
+		b.looked = time.Time{}
+	}
 	if why == "" {
 		if b.historyPaused != "" {
 			b.opts.Log.Info("history goes on")
@@ -85,26 +89,26 @@ func (b *Bus) tendHistory(ctx context.Context, now time.Time) {
 	}
 }
 
-// lookAtHistory returns the number of copies of the history, or why nothing is kept.
-func (b *Bus) lookAtHistory(ctx context.Context, s *server.Server, pool Pool, live bool, replicas int) (why string, got int) {
+// lookAtHistory returns the number of copies of the history, or why nothing is kept, and whether the next look should not wait.
+func (b *Bus) lookAtHistory(ctx context.Context, s *server.Server, pool Pool, live bool, replicas int) (why string, got int, again bool) {
 	info, err := s.Jsz(nil)
 	if err != nil || info.Meta == nil {
-		return "its group of hosts has not been formed yet", 0
+		return "its group of hosts has not been formed yet", 0, false
 	}
 	meta := info.Meta
 	if meta.Leader == "" {
-		return fmt.Sprintf("%d of the %d hosts that keep it are needed, and fewer are there", meta.QuorumNeeded, meta.Size), 0
+		return fmt.Sprintf("%d of the %d hosts that keep it are needed, and fewer are there", meta.QuorumNeeded, meta.Size), 0, false
 	}
 	nc, err := nats.Connect("", nats.InProcessServer(s))
 	if err != nil {
-		return "the server does not answer: " + err.Error(), 0
+		return "the server does not answer: " + err.Error(), 0, false
 	}
 	defer nc.Close()
 	ctx, cancel := context.WithTimeout(ctx, streamTimeout)
 	defer cancel()
 	if s.JetStreamIsLeader() {
 		if live {
-			b.dismiss(ctx, s, meta, pool)
+			again = b.dismiss(ctx, s, meta, pool)
 		}
 		if want := copies(min(len(pool.Hosts), len(meta.Replicas)+1)); replicas != want {
 			if _, err := ensureStream(ctx, nc, b.opts.History, want); err != nil {
@@ -114,39 +118,49 @@ func (b *Bus) lookAtHistory(ctx context.Context, s *server.Server, pool Pool, li
 	}
 	js, err := jetstream.New(nc)
 	if err != nil {
-		return err.Error(), 0
+		return err.Error(), 0, again
 	}
 	stream, err := js.Stream(ctx, historyStream)
 	switch {
 	case errors.Is(err, jetstream.ErrStreamNotFound):
-		return "it has not been made yet", 0
+		return "it has not been made yet", 0, again
 	case err != nil:
-		return "the hosts that hold its copies are not there", 0
+		return "the hosts that hold its copies are not there", 0, again
 	}
 	cached := stream.CachedInfo()
 	if cached.Cluster == nil || cached.Cluster.Leader == "" {
-		return "too few of the hosts that hold its copies are there", 0
+		return "too few of the hosts that hold its copies are there", 0, again
 	}
-	return "", cached.Config.Replicas
+	return "", cached.Config.Replicas, again
 }
 
-// dismiss removes hosts that left the pool from the group that keeps the history: they would count for its majority for ever.
-func (b *Bus) dismiss(ctx context.Context, s *server.Server, meta *server.MetaClusterInfo, pool Pool) {
+// dismiss removes hosts that left the pool from the group that keeps the history: they would count for its majority for ever. It reports whether some are
+// still to be removed.
+func (b *Bus) dismiss(ctx context.Context, s *server.Server, meta *server.MetaClusterInfo, pool Pool) (left bool) {
 	members := []string{s.NodeName()}
 	for _, h := range pool.Hosts {
 		members = append(members, nodeID(h.UUID))
 	}
+	var here []string
+	for _, name := range connected(s) {
+		here = append(here, nodeID(name))
+	}
 	for _, p := range meta.Replicas {
-		// A host that is there is one that joins, and our list is a moment behind, or one that is about to leave.
-		if slices.Contains(members, p.Peer) || !p.Offline {
+		if slices.Contains(members, p.Peer) {
+			continue
+		}
+		// A host that is there is one that joins, and our list is a moment behind, or one that is about to leave. The server itself calls a host that died
+		// without a word offline only after minutes.
+		there := slices.Contains(here, p.Peer) || !p.Offline && p.Active > 0 && p.Active < silentAfter
+		if left || there {
+			left = true // After a refusal too the next look goes on: the group takes one change at a time.
 			continue
 		}
 		err := b.removePeer(ctx, s, p.Peer)
 		b.opts.Log.Info("host left the pool, taking it out of the history's group", "host", p.Name, "err", err)
-		if err != nil {
-			return // One change at a time; the next look goes on.
-		}
+		left = err != nil
 	}
+	return left
 }
 
 func (b *Bus) removePeer(ctx context.Context, s *server.Server, peer string) error {

@@ -14,10 +14,10 @@ import (
 )
 
 // keeps waits until every bus given says that the history has the copies that are wanted.
-func (p *testPool) keeps(within time.Duration, want string, hosts ...Host) {
+func (p *testPool) keeps(want string, hosts ...Host) {
 	p.t.Helper()
 	for _, h := range hosts {
-		eventually(p.t, within, h.UUID+" says that the history has "+want, func() bool {
+		eventually(p.t, patience, h.UUID+" says that the history has "+want, func() bool {
 			b := p.nodes[h.UUID]
 			b.poke()
 			return b.Condition().History == want && b.HistoryPaused() == ""
@@ -32,17 +32,28 @@ func publishEvent(t testing.TB, c *Conn, id string) {
 	}
 }
 
-// told waits until the history on c has the ids, in any order.
-func told(t testing.TB, c *Conn, within time.Duration, want ...string) {
-	t.Helper()
+// has reports whether the history on c can be read and has the ids, in any order.
+func has(t testing.TB, c *Conn, want ...string) bool {
 	var got []string
-	eventually(t, within, fmt.Sprint("the history has ", want), func() bool {
-		got = nil
-		err := Replay(t.Context(), c, time.Now().Add(-time.Hour), "", func(e Event) error {
-			got = append(got, e.ID)
-			return nil
-		})
-		return err == nil && !slices.ContainsFunc(want, func(id string) bool { return !slices.Contains(got, id) })
+	err := Replay(t.Context(), c, time.Now().Add(-time.Hour), "", func(e Event) error {
+		got = append(got, e.ID)
+		return nil
+	})
+	return err == nil && !slices.ContainsFunc(want, func(id string) bool { return !slices.Contains(got, id) })
+}
+
+func told(t testing.TB, c *Conn, want ...string) {
+	t.Helper()
+	eventually(t, patience, fmt.Sprint("the history has ", want), func() bool { return has(t, c, want...) })
+}
+
+// keepsNew waits until an event published on from is told on to. What is published while the history's hosts elect a leader is heard live and not kept, and
+// they elect one whenever hosts come and go, so it is published until it is kept.
+func keepsNew(t testing.TB, from, to *Conn, id string) {
+	t.Helper()
+	eventually(t, patience, "the history keeps "+id, func() bool {
+		publishEvent(t, from, id)
+		return has(t, to, id)
 	})
 }
 
@@ -51,10 +62,10 @@ func TestClusterHistory_ThreeCopiesAndAHostThatLeavesIsTakenOut(t *testing.T) {
 	p.startAll(nil)
 	h := p.pool.Hosts
 	p.meshed(h...)
-	p.keeps(40*time.Second, "3 copies", h...)
-	publishEvent(t, p.conn(h[0]), "one")
+	p.keeps("3 copies", h...)
+	keepsNew(t, p.conn(h[0]), p.conn(h[1]), "one")
 	for _, host := range h {
-		told(t, p.conn(host), 20*time.Second, "one")
+		told(t, p.conn(host), "one")
 	}
 
 	gone := h[3]
@@ -66,7 +77,7 @@ func TestClusterHistory_ThreeCopiesAndAHostThatLeavesIsTakenOut(t *testing.T) {
 	for _, b := range p.nodes {
 		b.SetPool(p.pool)
 	}
-	eventually(t, 40*time.Second, "the group has three hosts", func() bool {
+	eventually(t, patience, "the group has three hosts", func() bool {
 		b := p.nodes[h[0].UUID]
 		for _, n := range p.nodes {
 			n.poke()
@@ -74,9 +85,9 @@ func TestClusterHistory_ThreeCopiesAndAHostThatLeavesIsTakenOut(t *testing.T) {
 		info, err := b.current().Jsz(nil)
 		return err == nil && info.Meta != nil && info.Meta.Size == 3
 	})
-	p.keeps(40*time.Second, "3 copies", h[:3]...)
-	publishEvent(t, p.conn(h[1]), "two")
-	told(t, p.conn(h[2]), 20*time.Second, "one", "two")
+	p.keeps("3 copies", h[:3]...)
+	keepsNew(t, p.conn(h[1]), p.conn(h[2]), "two")
+	told(t, p.conn(h[2]), "one", "two")
 }
 
 func TestClusterHistory_IsPausedWithoutAMajorityAndLiveGoesOn(t *testing.T) {
@@ -84,9 +95,8 @@ func TestClusterHistory_IsPausedWithoutAMajorityAndLiveGoesOn(t *testing.T) {
 	p.startAll(nil)
 	h := p.pool.Hosts
 	p.meshed(h...)
-	p.keeps(40*time.Second, "3 copies", h...)
-	publishEvent(t, p.conn(h[0]), "before")
-	told(t, p.conn(h[0]), 20*time.Second, "before")
+	p.keeps("3 copies", h...)
+	keepsNew(t, p.conn(h[0]), p.conn(h[0]), "before")
 
 	for _, dead := range h[1:] {
 		if err := p.nodes[dead.UUID].Close(); err != nil {
@@ -98,41 +108,41 @@ func TestClusterHistory_IsPausedWithoutAMajorityAndLiveGoesOn(t *testing.T) {
 	b.mu.Lock()
 	b.pausedAt = time.Now().Add(-pausedAfter) // As if half a minute had passed since the first doubt.
 	b.mu.Unlock()
-	eventually(t, 60*time.Second, "the history is said to be paused", func() bool {
+	eventually(t, patience, "the history is said to be paused", func() bool {
 		b.poke()
 		return slices.ContainsFunc(b.Condition().Problems, func(x Problem) bool { return x.Code == "history-paused" })
 	})
 	ear := p.listen(h[0], string(subject.XAPI("vdi", "u")))
 	c := p.conn(h[0])
-	ear.hears(t, 10*time.Second, c, string(subject.XAPI("vdi", "u")), "live")
+	ear.hears(t, c, string(subject.XAPI("vdi", "u")), "live")
 	if err := Replay(t.Context(), c, time.Now().Add(-time.Hour), "", func(Event) error { return nil }); !errors.Is(err, ErrHistoryPaused) {
 		t.Errorf("replay: %v, want %v", err, ErrHistoryPaused)
 	}
 
 	p.start(h[1], nil)
-	p.keeps(60*time.Second, "3 copies", h[:2]...)
-	told(t, p.conn(h[1]), 20*time.Second, "before")
+	p.keeps("3 copies", h[:2]...)
+	told(t, p.conn(h[1]), "before")
 }
 
 func TestClusterHistory_TwoHostsHaveOneCopyAndAThirdMakesItThree(t *testing.T) {
 	p := newTestPool(t, 2)
 	p.startAll(nil)
 	p.meshed(p.pool.Hosts...)
-	p.keeps(40*time.Second, "one copy", p.pool.Hosts...)
-	eventually(t, 30*time.Second, "the stream is there", func() bool {
+	p.keeps("one copy", p.pool.Hosts...)
+	eventually(t, patience, "the stream is there", func() bool {
 		b := p.nodes[p.pool.Hosts[0].UUID]
 		b.poke()
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		return b.replicas == 1
 	})
-	publishEvent(t, p.conn(p.pool.Hosts[0]), "of two")
+	keepsNew(t, p.conn(p.pool.Hosts[0]), p.conn(p.pool.Hosts[1]), "of two")
 	third := testHost(2)
 	p.pool.Hosts = append(p.pool.Hosts, third)
 	p.join(third)
 	p.meshed(p.pool.Hosts...)
-	p.keeps(40*time.Second, "3 copies", p.pool.Hosts...)
-	told(t, p.conn(third), 20*time.Second, "of two")
+	p.keeps("3 copies", p.pool.Hosts...)
+	told(t, p.conn(third), "of two")
 }
 
 func TestClusterHistory_CloseEndsInTimeAndACorruptStoreIsMovedAside(t *testing.T) {
@@ -140,9 +150,8 @@ func TestClusterHistory_CloseEndsInTimeAndACorruptStoreIsMovedAside(t *testing.T
 	p.startAll(nil)
 	h := p.pool.Hosts
 	p.meshed(h...)
-	p.keeps(40*time.Second, "3 copies", h...)
-	publishEvent(t, p.conn(h[0]), "one")
-	told(t, p.conn(h[1]), 20*time.Second, "one")
+	p.keeps("3 copies", h...)
+	keepsNew(t, p.conn(h[0]), p.conn(h[1]), "one")
 
 	victim := p.nodes[h[2].UUID]
 	began := time.Now()
@@ -154,9 +163,9 @@ func TestClusterHistory_CloseEndsInTimeAndACorruptStoreIsMovedAside(t *testing.T
 	damage(t, store)
 	b := p.start(h[2], nil)
 	p.meshed(h...)
-	p.keeps(60*time.Second, "3 copies", h...)
-	publishEvent(t, p.conn(h[2]), "two")
-	told(t, p.conn(h[2]), 20*time.Second, "one", "two")
+	p.keeps("3 copies", h...)
+	keepsNew(t, p.conn(h[2]), p.conn(h[2]), "two")
+	told(t, p.conn(h[2]), "one", "two")
 	if c := b.Condition(); len(c.Problems) > 0 {
 		t.Errorf("problems %+v", c.Problems)
 	}

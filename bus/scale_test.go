@@ -17,7 +17,7 @@ func TestCluster_SixtyFourHosts(t *testing.T) {
 	p.startAll(func(o *Options) { o.StoreDir = "" })
 	t.Logf("%d buses started after %s", hosts, time.Since(began).Round(time.Millisecond))
 	for _, h := range p.pool.Hosts {
-		eventually(t, 60*time.Second, h.UUID+" is connected to all", func() bool { return len(p.nodes[h.UUID].Condition().Connected) == hosts-1 })
+		eventually(t, patience, h.UUID+" is connected to all", func() bool { return len(p.nodes[h.UUID].Condition().Connected) == hosts-1 })
 	}
 	t.Logf("each connected to each after %s", time.Since(began).Round(time.Millisecond))
 	var ears []*ear
@@ -27,7 +27,7 @@ func TestCluster_SixtyFourHosts(t *testing.T) {
 	from := p.conn(p.pool.Hosts[0])
 	sent := time.Now()
 	for i, e := range ears {
-		e.hears(t, 30*time.Second, from, "x", fmt.Sprint("to ", i))
+		e.hears(t, from, "x", fmt.Sprint("to ", i))
 	}
 	t.Logf("heard on all others after %s", time.Since(sent).Round(time.Millisecond))
 
@@ -42,7 +42,7 @@ func TestCluster_SixtyFourHosts(t *testing.T) {
 		b.SetPool(p.pool)
 	}
 	for _, h := range p.pool.Hosts {
-		eventually(t, 60*time.Second, h.UUID+" knows that one left", func() bool {
+		eventually(t, patience, h.UUID+" knows that one left", func() bool {
 			c := p.nodes[h.UUID].Condition()
 			return len(c.Missing) == 0 && len(c.Connected) == hosts-2
 		})

@@ -80,10 +80,10 @@ func TestSubscriber_ReadsEventsTablesStatusAndHistory(t *testing.T) {
 	if _, err := table.Put("a", 2); err != nil {
 		t.Fatal(err)
 	}
-	if m, err := events.NextMsg(10 * time.Second); err != nil || string(m.Data) != "2" || m.Header.Get(HeaderType) != "io.xostor.xapi.vdi.put" {
+	if m, err := events.NextMsg(patience); err != nil || string(m.Data) != "2" || m.Header.Get(HeaderType) != "io.xostor.xapi.vdi.put" {
 		t.Errorf("event %+v, %v", m, err)
 	}
-	if m, err := nc.Request(subject.Prefix+".table.xapi.vdi.list", nil, 10*time.Second); err != nil || !strings.Contains(string(m.Data), `{"key":"a","data":2}`) {
+	if m, err := nc.Request(subject.Prefix+".table.xapi.vdi.list", nil, patience); err != nil || !strings.Contains(string(m.Data), `{"key":"a","data":2}`) {
 		t.Errorf("list %v, %v", m, err)
 	}
 	s, err := Serve(in, ServiceInfo{Agent: "x", Host: "h", HostName: "n", Version: "1.0.0"}, func() any { return "well" })
@@ -94,10 +94,10 @@ func TestSubscriber_ReadsEventsTablesStatusAndHistory(t *testing.T) {
 	if err := in.Flush(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if m, err := nc.Request(statusSubject, nil, 10*time.Second); err != nil || !strings.Contains(string(m.Data), "well") {
+	if m, err := nc.Request(statusSubject, nil, patience); err != nil || !strings.Contains(string(m.Data), "well") {
 		t.Errorf("status %v, %v", m, err)
 	}
-	if m, err := nc.Request("$JS.API.DIRECT.GET."+historyStream, []byte(`{"seq":1}`), 10*time.Second); err != nil || m.Header.Get(HeaderType) != "io.xostor.xapi.vdi.put" {
+	if m, err := nc.Request("$JS.API.DIRECT.GET."+historyStream, []byte(`{"seq":1}`), patience); err != nil || m.Header.Get(HeaderType) != "io.xostor.xapi.vdi.put" {
 		t.Errorf("history %v, %v", m, err)
 	}
 }
@@ -132,7 +132,7 @@ func TestSubscriber_WritesNothingAndSeesNobodysAnswers(t *testing.T) {
 			if !errors.Is(err, nats.ErrPermissionViolation) {
 				t.Errorf("publish %s: %v", s, err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(patience):
 			t.Errorf("publish %s was not refused", s)
 		}
 	}
@@ -152,7 +152,7 @@ func TestSubscriber_WritesNothingAndSeesNobodysAnswers(t *testing.T) {
 			if !errors.Is(err, nats.ErrPermissionViolation) {
 				t.Errorf("subscribe %s: %v", s, err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(patience):
 			t.Errorf("subscribe %s was not refused", s)
 		}
 	}

@@ -23,7 +23,7 @@ import (
 const (
 	poolSecret = "5f1a7d3e-aaaa/0b6e2c1d-bbbb/c0ffee00-cccc"
 	routePort  = "6222"
-	patience   = 40 * time.Second // Of one wait; a healthy run needs a fraction.
+	patience   = 2 * time.Minute // Of one wait; a healthy run needs a fraction.
 )
 
 var xostor string // The binary under test.
