@@ -96,7 +96,11 @@ func DecideCandidate(now time.Time, t Timing, v View) Step {
 	if !v.LeftAt.IsZero() && now.Sub(v.LeftAt) < 2*t.Suspect {
 		due = due.Add(t.Suspect) // Whoever handed over takes back only when nobody else wants.
 	}
-	if next := v.Opened.Add(t.Reopen); next.After(due) && !cutSince(v, v.Opened) {
+	reopen := t.Reopen
+	if len(v.Cut) > 0 {
+		reopen = t.Rank // The owner falls when the next host cuts its link, and every host does so within moments.
+	}
+	if next := v.Opened.Add(reopen); next.After(due) && !cutSince(v, v.Opened) {
 		due = next
 	}
 	if due.After(now) {
