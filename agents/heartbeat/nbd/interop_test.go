@@ -154,7 +154,7 @@ func TestForeignClients(t *testing.T) {
 		}
 		t.Run(prefix+"fio", func(t *testing.T) {
 			need(t, "fio")
-			run(t, "fio", "--name=v", "--ioengine=nbd", "--uri="+uri(addr), "--rw=randrw", "--bsrange=1k-64k", "--size=4m", "--iodepth=16",
+			run(t, "fio", "--name=v", "--aux-path="+t.TempDir(), "--ioengine=nbd", "--uri="+uri(addr), "--rw=randrw", "--bsrange=1k-64k", "--size=4m", "--iodepth=16",
 				"--verify=crc32c", "--verify_fatal=1", "--io_size=16m")
 		})
 	}
