@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/xostor-agents/xostor-agents/integration/failover/realpool"
 )
 
 func atoi(s string) int {
@@ -37,12 +39,12 @@ func BenchmarkControllerKilled(b *testing.B) {
 	var all []time.Duration
 	for range b.N {
 		p := newPool(b, "io-error")
-		o := p.settled()
+		o := p.Settled()
 		began := time.Now()
-		o.signalController(syscall.SIGKILL)
-		p.until(10*time.Second, "the unit starts again", func() bool { return o.state(testNames.Controller).BegunAt.After(began) })
-		all = append(all, o.state(testNames.Controller).BegunAt.Sub(began))
-		p.close()
+		o.SignalController(syscall.SIGKILL)
+		p.Until(10*time.Second, "the unit starts again", func() bool { return o.State(realpool.Controller).BegunAt.After(began) })
+		all = append(all, o.State(realpool.Controller).BegunAt.Sub(began))
+		p.Close()
 	}
 	report(b, "controller killed -> restarting", all)
 }
@@ -54,20 +56,20 @@ func BenchmarkQuorumLost(b *testing.B) {
 			var all []time.Duration
 			p := newPool(b, policy)
 			for range b.N {
-				o := p.settled()
-				p.until(30*time.Second, "all hosts are connected", p.connected)
+				o := p.Settled()
+				p.Until(30*time.Second, "all hosts are connected", p.Connected)
 				began := time.Now()
-				p.cut(o, true)
-				p.until(20*time.Second, "the owner has let go", func() bool { return !o.since(began, "unmounted").IsZero() && !o.since(began, "no primary").IsZero() })
-				end := o.since(began, "unmounted")
-				if s := o.since(began, "no primary"); s.After(end) {
+				p.Cut(o, true)
+				p.Until(20*time.Second, "the owner has let go", func() bool { return !o.Since(began, "unmounted").IsZero() && !o.Since(began, "no primary").IsZero() })
+				end := o.Since(began, "unmounted")
+				if s := o.Since(began, "no primary"); s.After(end) {
 					end = s
 				}
-				all = append(all, end.Sub(o.since(began, "no quorum")))
-				p.cut(o, false)
+				all = append(all, end.Sub(o.Since(began, "no quorum")))
+				p.Cut(o, false)
 			}
 			report(b, "quorum lost ("+policy+") -> Secondary and unmounted", all)
-			p.close()
+			p.Close()
 		})
 	}
 }
@@ -77,43 +79,31 @@ func BenchmarkPromote(b *testing.B) {
 	var all, asked, started []time.Duration
 	p := newPool(b, "io-error")
 	for range b.N {
-		o := p.settled()
-		p.until(30*time.Second, "all hosts are connected", p.connected)
+		o := p.Settled()
+		p.Until(30*time.Second, "all hosts are connected", p.Connected)
 		began := time.Now()
-		p.cut(o, true) // the others notice by their own clocks
-		var next *host
-		p.until(30*time.Second, "another host takes over", func() bool { next = p.owner(); return next != nil && next != o })
+		p.Cut(o, true) // the others notice by their own clocks
+		var next *realpool.Host
+		p.Until(30*time.Second, "another host takes over", func() bool { next = p.Owner(); return next != nil && next != o })
 		primary := time.Time{}
 		var took time.Duration
-		for _, c := range p.server.Calls() {
-			if c.Node == next.name && strings.HasPrefix(c.Command, "primary") && c.Exit == 0 && c.At.After(began) && primary.IsZero() {
+		for _, c := range p.Server.Calls() {
+			if c.Node == next.Name && strings.HasPrefix(c.Command, "primary") && c.Exit == 0 && c.At.After(began) && primary.IsZero() {
 				primary, took = c.At, c.Took
 			}
 		}
-		may := lastBefore(next, "may-promote", primary)
-		begun := next.state(testNames.MountUnit).BegunAt
+		may := next.LastBefore(primary, "may-promote")
+		begun := next.State(realpool.MountUnit).BegunAt
 		if !may.IsZero() && may.After(began) && begun.After(primary) {
 			asked, started = append(asked, primary.Sub(may)), append(started, begun.Sub(primary.Add(took)))
 			all = append(all, primary.Sub(may)+begun.Sub(primary.Add(took)))
 		}
-		p.cut(o, false)
+		p.Cut(o, false)
 	}
 	report(b, "may_promote -> drbdsetup primary runs", asked)
 	report(b, "drbdsetup primary done -> the mount unit starts", started)
 	report(b, "may_promote -> StartUnit, without DRBD's own time", all)
-	p.close()
-}
-
-// lastBefore returns the last time before t that something was noted.
-func lastBefore(h *host, what string, t time.Time) (at time.Time) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, c := range h.changes {
-		if c.what == what && c.at.Before(t) {
-			at = c.at
-		}
-	}
-	return at
+	p.Close()
 }
 
 // The owner's host dies -> the database is mounted elsewhere, in all and without what `drbdsetup primary` took.
@@ -121,29 +111,29 @@ func BenchmarkHostDies(b *testing.B) {
 	var all, own []time.Duration
 	for range b.N {
 		p := newPool(b, "io-error")
-		o := p.settled()
-		p.until(30*time.Second, "all hosts are connected", p.connected)
-		p.cl.PingInt = 10 * time.Second
+		o := p.Settled()
+		p.Until(30*time.Second, "all hosts are connected", p.Connected)
+		p.Cluster.PingInt = 10 * time.Second
 		began := time.Now()
-		p.die(o)
-		var next *host
-		p.until(30*time.Second, "another host has mounted it", func() bool {
-			for _, h := range p.others(o) {
-				if !h.since(began, "mounted").IsZero() {
+		p.Die(o)
+		var next *realpool.Host
+		p.Until(30*time.Second, "another host has mounted it", func() bool {
+			for _, h := range p.Others(o) {
+				if !h.Since(began, "mounted").IsZero() {
 					next = h
 				}
 			}
 			return next != nil
 		})
-		total := next.since(began, "mounted").Sub(began)
+		total := next.Since(began, "mounted").Sub(began)
 		all = append(all, total)
-		for _, c := range p.server.Calls() {
-			if c.Node == next.name && strings.HasPrefix(c.Command, "primary") && c.At.After(began) {
+		for _, c := range p.Server.Calls() {
+			if c.Node == next.Name && strings.HasPrefix(c.Command, "primary") && c.At.After(began) {
 				total -= c.Took
 			}
 		}
 		own = append(own, total)
-		p.close()
+		p.Close()
 	}
 	report(b, "host dead -> mounted, DRBD's time included", all)
 	report(b, "host dead -> mounted, our own time", own)
@@ -154,14 +144,14 @@ func BenchmarkAgentMemory(b *testing.B) {
 	for range b.N {
 		p := newPool(b, "io-error")
 		for range 2 {
-			o := p.settled()
-			p.until(30*time.Second, "all hosts are connected", p.connected)
-			p.cut(o, true)
-			p.until(30*time.Second, "another host takes over", func() bool { n := p.owner(); return n != nil && n != o })
-			p.cut(o, false)
+			o := p.Settled()
+			p.Until(30*time.Second, "all hosts are connected", p.Connected)
+			p.Cut(o, true)
+			p.Until(30*time.Second, "another host takes over", func() bool { n := p.Owner(); return n != nil && n != o })
+			p.Cut(o, false)
 		}
-		o := p.settled()
-		for _, pid := range o.pids("agent") {
+		o := p.Settled()
+		for _, pid := range o.PIDs("agent") {
 			status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 			must(b, err)
 			for line := range strings.Lines(string(status)) {
@@ -173,6 +163,6 @@ func BenchmarkAgentMemory(b *testing.B) {
 				}
 			}
 		}
-		p.close()
+		p.Close()
 	}
 }

@@ -11,21 +11,15 @@ import (
 	"time"
 
 	"github.com/xostor-agents/xostor-agents/agents/failover"
+	"github.com/xostor-agents/xostor-agents/integration/failover/realpool"
 )
 
-// signalController sends a signal to the controller's process, from outside.
-func (h *host) signalController(sig syscall.Signal) {
-	for _, pid := range h.pids("controller") {
-		must(h.p.tb, syscall.Kill(pid, sig))
-	}
-}
-
 // restarted waits for another controller process on the same host.
-func (p *pool) restarted(o *host, pid int) {
-	p.tb.Helper()
+func restarted(t *testing.T, p *realpool.Pool, o *realpool.Host, pid int) {
+	t.Helper()
 	// A stopped process accepts connections and never answers: three probes of five seconds come before anything is done.
-	p.until(45*time.Second, "another controller process on the same host", func() bool {
-		u := o.state(testNames.Controller)
+	p.Until(45*time.Second, "another controller process on the same host", func() bool {
+		u := o.State(realpool.Controller)
 		return u.Active == "active" && u.MainPID != pid
 	})
 }
@@ -33,41 +27,41 @@ func (p *pool) restarted(o *host, pid int) {
 // A controller that dies or hangs is started again on the same host, though its unit has no Restart=.
 func TestFailover_ControllerSick(t *testing.T) {
 	p := newPool(t, "io-error")
-	o := p.settled()
-	mode := filepath.Join(o.dir, "mode")
+	o := p.Settled()
+	mode := o.ModeFile()
 	t.Run("killed", func(t *testing.T) {
-		pid := o.state(testNames.Controller).MainPID
-		o.signalController(syscall.SIGKILL)
-		p.restarted(o, pid)
+		pid := o.State(realpool.Controller).MainPID
+		o.SignalController(syscall.SIGKILL)
+		restarted(t, p, o, pid)
 	})
 	t.Run("stopped by a signal", func(t *testing.T) {
-		pid := o.state(testNames.Controller).MainPID
-		o.signalController(syscall.SIGSTOP)
-		p.restarted(o, pid)
+		pid := o.State(realpool.Controller).MainPID
+		o.SignalController(syscall.SIGSTOP)
+		restarted(t, p, o, pid)
 	})
 	t.Run("answers 500", func(t *testing.T) {
-		pid := o.state(testNames.Controller).MainPID
+		pid := o.State(realpool.Controller).MainPID
 		must(t, os.WriteFile(mode, []byte("500"), 0o600))
-		p.until(20*time.Second, "the sick process ends", func() bool { return o.state(testNames.Controller).MainPID != pid })
+		p.Until(20*time.Second, "the sick process ends", func() bool { return o.State(realpool.Controller).MainPID != pid })
 		must(t, os.Remove(mode))
-		p.until(20*time.Second, "one controller", func() bool { return p.owner() != nil })
+		p.Until(20*time.Second, "one controller", func() bool { return p.Owner() != nil })
 	})
 }
 
 // An agent that is killed and started again changes nothing; while it is away, nothing depends on it.
 func TestFailover_AgentRestarted(t *testing.T) {
 	p := newPool(t, "io-error")
-	o := p.settled()
-	before := o.state(testNames.Controller)
-	for _, h := range p.hosts {
-		h.endAgent()
-		h.startAgent()
-		p.until(10*time.Second, "the agent on "+h.name+" knows its mode", func() bool {
-			r, err := h.client().Status(t.Context())
+	o := p.Settled()
+	before := o.State(realpool.Controller)
+	for _, h := range p.Hosts {
+		h.EndAgent()
+		h.StartAgent()
+		p.Until(10*time.Second, "the agent on "+h.Name+" knows its mode", func() bool {
+			r, err := h.Client().Status(t.Context())
 			return err == nil && r.Mode == failover.Owner
 		})
 	}
-	if after := o.state(testNames.Controller); after.MainPID != before.MainPID || after.Active != "active" || p.owner() != o {
+	if after := o.State(realpool.Controller); after.MainPID != before.MainPID || after.Active != "active" || p.Owner() != o {
 		t.Errorf("the controller was %+v, is %+v", before, after)
 	}
 }
@@ -77,24 +71,24 @@ func TestFailover_OwnerCutOff(t *testing.T) {
 	for _, policy := range []string{"suspend-io", "io-error"} {
 		t.Run(policy, func(t *testing.T) {
 			p := newPool(t, policy)
-			o := p.settled()
+			o := p.Settled()
 			began := time.Now()
-			p.cut(o, true)
-			p.until(20*time.Second, "the cut-off owner has let go", func() bool {
+			p.Cut(o, true)
+			p.Until(20*time.Second, "the cut-off owner has let go", func() bool {
 				gone := false
-				p.wall.Do(func() { gone = !o.node.IsPrimary() && !o.node.Held() })
-				return gone && !o.isMounted() && o.state(testNames.Controller).Down()
+				p.Wall.Do(func() { gone = !o.Node.IsPrimary() && !o.Node.Held() })
+				return gone && !o.Mounted() && o.State(realpool.Controller).Down()
 			})
-			lost, free := o.since(began, "no quorum"), o.since(began, "unmounted")
+			lost, free := o.Since(began, "no quorum"), o.Since(began, "unmounted")
 			t.Logf("%s: quorum lost -> unmounted %s", policy, free.Sub(lost).Round(time.Millisecond))
-			next := p.settled()
+			next := p.Settled()
 			if next == o {
-				t.Fatalf("%s is cut off and runs the controller", o.name)
+				t.Fatalf("%s is cut off and runs the controller", o.Name)
 			}
-			p.cut(o, false)
-			p.until(30*time.Second, "all hosts are connected and up to date", p.connected)
-			if got := p.settled(); got != next {
-				t.Errorf("the controller moved again, from %s to %s", next.name, got.name)
+			p.Cut(o, false)
+			p.Until(30*time.Second, "all hosts are connected and up to date", p.Connected)
+			if got := p.Settled(); got != next {
+				t.Errorf("the controller moved again, from %s to %s", next.Name, got.Name)
 			}
 		})
 	}
@@ -103,24 +97,24 @@ func TestFailover_OwnerCutOff(t *testing.T) {
 // The events stream of the owner is dead when it loses quorum. It lets go all the same.
 func TestFailover_EventsDie(t *testing.T) {
 	p := newPool(t, "io-error")
-	o := p.settled()
-	p.cut(o, true)
+	o := p.Settled()
+	p.Cut(o, true)
 	for range 3 { // and it dies again
-		for _, pid := range o.eventStreams() {
+		for _, pid := range eventStreams(o) {
 			_ = syscall.Kill(pid, syscall.SIGKILL) // it may have died with the one before
 		}
 	}
-	p.until(20*time.Second, "the owner has let go", func() bool { return !o.isMounted() && o.state(testNames.Controller).Down() })
+	p.Until(20*time.Second, "the owner has let go", func() bool { return !o.Mounted() && o.State(realpool.Controller).Down() })
 }
 
 // eventStreams finds the processes that run events2 for this pool's host.
-func (h *host) eventStreams() (out []int) {
+func eventStreams(h *realpool.Host) (out []int) {
 	dirs, _ := filepath.Glob("/proc/[0-9]*")
 	for _, d := range dirs {
 		cmd, _ := os.ReadFile(d + "/cmdline")
-		if bytes.HasPrefix(cmd, []byte(filepath.Join(h.p.dir, "drbdsetup")+"\x00events2")) {
+		if bytes.HasPrefix(cmd, []byte(h.Pool().Drbdsetup()+"\x00events2")) {
 			env, _ := os.ReadFile(d + "/environ")
-			if bytes.Contains(env, []byte("DRBDSIM_NODE="+h.name+"\x00")) {
+			if bytes.Contains(env, []byte("DRBDSIM_NODE="+h.Name+"\x00")) {
 				out = append(out, atoi(filepath.Base(d)))
 			}
 		}
@@ -131,18 +125,18 @@ func (h *host) eventStreams() (out []int) {
 // A host dies. Its agent's silence leads another host to ask DRBD, long before DRBD would notice by itself.
 func TestFailover_HostDies(t *testing.T) {
 	p := newPool(t, "io-error")
-	p.cl.PingInt = 10 * time.Second
-	o := p.settled()
-	p.until(10*time.Second, "all hosts are connected", p.connected)
+	p.Cluster.PingInt = 10 * time.Second
+	o := p.Settled()
+	p.Until(10*time.Second, "all hosts are connected", p.Connected)
 	began := time.Now()
-	p.die(o)
-	var next *host
-	p.until(30*time.Second, "another host runs the controller", func() bool {
-		next = p.owner()
+	p.Die(o)
+	var next *realpool.Host
+	p.Until(30*time.Second, "another host runs the controller", func() bool {
+		next = p.Owner()
 		return next != nil && next != o
 	})
-	t.Logf("dead host -> mounted %s", next.since(began, "mounted").Sub(began).Round(time.Millisecond))
-	if next.since(began, "mounted").Sub(began) > 9*time.Second {
+	t.Logf("dead host -> mounted %s", next.Since(began, "mounted").Sub(began).Round(time.Millisecond))
+	if next.Since(began, "mounted").Sub(began) > 9*time.Second {
 		t.Log("DRBD's own detection was first") // possible: its clock may run out at any time
 	}
 }
@@ -150,10 +144,10 @@ func TestFailover_HostDies(t *testing.T) {
 // A move goes where it is told, and back to any host that can take it; what cannot be is refused with the reason.
 func TestFailover_Move(t *testing.T) {
 	p := newPool(t, "io-error")
-	o := p.settled()
-	target := p.others(o)[1]
-	p.until(10*time.Second, "all hosts can take it", func() bool {
-		r, err := o.client().Status(t.Context())
+	o := p.Settled()
+	target := p.Others(o)[1]
+	p.Until(10*time.Second, "all hosts can take it", func() bool {
+		r, err := o.Client().Status(t.Context())
 		ready := 0
 		for _, h := range r.Hosts {
 			if h.Usable && h.Mode == failover.Owner {
@@ -163,23 +157,23 @@ func TestFailover_Move(t *testing.T) {
 		return err == nil && ready == 3
 	})
 	var out bytes.Buffer
-	cmd := failover.Command{Client: p.others(target)[0].client(), Out: &out, Store: filepath.Join(o.dir, "state", "backups")}
-	for _, bad := range []string{"nowhere", o.name} {
+	cmd := failover.Command{Client: p.Others(target)[0].Client(), Out: &out, Store: filepath.Join(o.StateDir(), "backups")}
+	for _, bad := range []string{"nowhere", o.Name} {
 		if err := cmd.Run(t.Context(), []string{"move", bad}); err == nil {
 			t.Errorf("a move to %s was accepted", bad)
 		}
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	if err := cmd.Run(ctx, []string{"move", target.name}); err != nil {
-		p.dump()
+	if err := cmd.Run(ctx, []string{"move", target.Name}); err != nil {
+		p.Dump()
 		t.Fatalf("move: %v\n%s", err, out.String())
 	}
-	if got := p.settled(); got != target {
-		t.Errorf("the controller is on %s, want %s\n%s", got.name, target.name, out.String())
+	if got := p.Settled(); got != target {
+		t.Errorf("the controller is on %s, want %s\n%s", got.Name, target.Name, out.String())
 	}
 	out.Reset()
-	if err := cmd.Run(t.Context(), []string{"status"}); err != nil || !strings.Contains(out.String(), target.name+" owns the database") {
+	if err := cmd.Run(t.Context(), []string{"status"}); err != nil || !strings.Contains(out.String(), target.Name+" owns the database") {
 		t.Errorf("status: %v\n%s", err, out.String())
 	}
 }
@@ -187,11 +181,11 @@ func TestFailover_Move(t *testing.T) {
 // A controller that fails to start here is handed to a host where it starts.
 func TestFailover_StartFailsHere(t *testing.T) {
 	p := newPool(t, "io-error")
-	o := p.settled()
-	must(t, os.WriteFile(filepath.Join(o.dir, "mode"), []byte("fail"), 0o600))
-	o.signalController(syscall.SIGKILL)
-	p.until(40*time.Second, "another host runs the controller", func() bool {
-		n := p.owner()
+	o := p.Settled()
+	must(t, os.WriteFile(o.ModeFile(), []byte("fail"), 0o600))
+	o.SignalController(syscall.SIGKILL)
+	p.Until(40*time.Second, "another host runs the controller", func() bool {
+		n := p.Owner()
 		return n != nil && n != o
 	})
 }
@@ -199,14 +193,14 @@ func TestFailover_StartFailsHere(t *testing.T) {
 // Something keeps a file open below the mount point: the holder is named, nothing is forced, and the release ends when it lets go.
 func TestFailover_HeldMountIsNamed(t *testing.T) {
 	p := newPool(t, "io-error")
-	o := p.settled()
-	holder := o.in.Command("sh", "-c", "cd "+o.mp+" && exec sleep 600")
+	o := p.Settled()
+	holder := o.In.Command("sh", "-c", "cd "+o.MountPoint+" && exec sleep 600")
 	must(t, holder.Start())
 	ended := make(chan struct{})
 	go func() { _ = holder.Wait(); close(ended) }()
-	p.cut(o, true)
-	p.until(20*time.Second, "a finding names the holder", func() bool {
-		r, _ := o.client().Status(t.Context())
+	p.Cut(o, true)
+	p.Until(20*time.Second, "a finding names the holder", func() bool {
+		r, _ := o.Client().Status(t.Context())
 		for _, f := range r.Findings {
 			if f.Code == "release-stuck" && strings.Contains(f.Text, "sleep (pid") {
 				return true
@@ -214,21 +208,21 @@ func TestFailover_HeldMountIsNamed(t *testing.T) {
 		}
 		return false
 	})
-	if !o.isMounted() {
+	if !o.Mounted() {
 		t.Error("the held filesystem was unmounted by force")
 	}
-	for _, d := range o.sleepers() {
+	for _, d := range sleepers(o) {
 		must(t, syscall.Kill(d, syscall.SIGKILL))
 	}
 	<-ended
-	p.until(10*time.Second, "the release ends", func() bool { return !o.isMounted() })
+	p.Until(10*time.Second, "the release ends", func() bool { return !o.Mounted() })
 }
 
 // sleepers finds the host's sleep processes that this test started below the mount point.
-func (h *host) sleepers() (out []int) {
+func sleepers(h *realpool.Host) (out []int) {
 	dirs, _ := filepath.Glob("/proc/[0-9]*")
 	for _, d := range dirs {
-		if cwd, err := os.Readlink(d + "/cwd"); err == nil && strings.HasSuffix(cwd, "/"+h.name+"/linstor") && strings.HasPrefix(cwd, h.p.dir) {
+		if cwd, err := os.Readlink(d + "/cwd"); err == nil && strings.HasSuffix(cwd, "/"+h.Name+"/linstor") && strings.HasPrefix(cwd, h.Pool().Dir) {
 			out = append(out, atoi(filepath.Base(d)))
 		}
 	}
@@ -238,25 +232,25 @@ func (h *host) sleepers() (out []int) {
 // A backup is taken on the active host, leaves nothing on its filesystem, and two other hosts get it.
 func TestFailover_Backup(t *testing.T) {
 	p := newPool(t, "io-error")
-	o := p.settled()
-	for _, h := range p.hosts {
-		store := &failover.Store{Dir: filepath.Join(h.dir, "state", "backups")}
-		p.until(20*time.Second, h.name+" keeps a backup", func() bool {
+	o := p.Settled()
+	for _, h := range p.Hosts {
+		store := &failover.Store{Dir: filepath.Join(h.StateDir(), "backups")}
+		p.Until(20*time.Second, h.Name+" keeps a backup", func() bool {
 			list, err := store.List()
 			return err == nil && len(list) > 0 && store.Check(list[0]) == nil
 		})
 	}
-	left, err := o.in.Command("find", o.mp, "-name", "*.zip").Output()
+	left, err := o.In.Command("find", o.MountPoint, "-name", "*.zip").Output()
 	if err != nil || len(left) > 0 {
 		t.Errorf("left on the database's filesystem: %q, %v", left, err)
 	}
 	var out bytes.Buffer
-	cmd := failover.Command{Client: o.client(), Out: &out, Store: filepath.Join(o.dir, "state", "backups")}
+	cmd := failover.Command{Client: o.Client(), Out: &out, Store: filepath.Join(o.StateDir(), "backups")}
 	if err := cmd.Run(t.Context(), []string{"backups"}); err != nil || !strings.Contains(out.String(), "good") {
 		t.Errorf("backups: %v\n%s", err, out.String())
 	}
 	out.Reset()
-	if err := cmd.Run(t.Context(), []string{"restore", "--plan"}); err != nil || !strings.Contains(out.String(), "sha256sum -c") || !strings.Contains(out.String(), o.name) {
+	if err := cmd.Run(t.Context(), []string{"restore", "--plan"}); err != nil || !strings.Contains(out.String(), "sha256sum -c") || !strings.Contains(out.String(), o.Name) {
 		t.Errorf("restore --plan: %v\n%s", err, out.String())
 	}
 }
@@ -264,20 +258,20 @@ func TestFailover_Backup(t *testing.T) {
 // A reactor promoter anywhere in the pool makes every agent a guard: nothing of ours is promoted.
 func TestFailover_ReactorAppears(t *testing.T) {
 	p := newPool(t, "io-error")
-	o := p.settled()
-	h := p.others(o)[0]
-	must(t, os.WriteFile(filepath.Join(h.dir, "reactor.toml"), []byte("[[promoter]]\n[promoter.resources.xcp-persistent-database]\nstart = [\"linstor-controller.service\"]\n"), 0o600))
-	pid := o.state(testNames.Controller).MainPID
-	for _, x := range p.hosts {
-		p.until(20*time.Second, x.name+" guards", func() bool {
-			r, err := x.client().Status(t.Context())
+	o := p.Settled()
+	h := p.Others(o)[0]
+	must(t, os.WriteFile(filepath.Join(h.Dir, "reactor.toml"), []byte("[[promoter]]\n[promoter.resources.xcp-persistent-database]\nstart = [\"linstor-controller.service\"]\n"), 0o600))
+	pid := o.State(realpool.Controller).MainPID
+	for _, x := range p.Hosts {
+		p.Until(20*time.Second, x.Name+" guards", func() bool {
+			r, err := x.Client().Status(t.Context())
 			return err == nil && r.Mode == failover.Guard
 		})
 	}
-	if u := o.state(testNames.Controller); u.MainPID != pid {
+	if u := o.State(realpool.Controller); u.MainPID != pid {
 		t.Error("the change of mode disturbed the controller")
 	}
-	if err := (failover.Command{Client: o.client(), Out: &bytes.Buffer{}}).Run(t.Context(), []string{"move"}); err == nil || !strings.Contains(err.Error(), "drbd-reactorctl") {
+	if err := (failover.Command{Client: o.Client(), Out: &bytes.Buffer{}}).Run(t.Context(), []string{"move"}); err == nil || !strings.Contains(err.Error(), "drbd-reactorctl") {
 		t.Errorf("move in guard mode: %v, want a hint to drbd-reactorctl", err)
 	}
 }

@@ -1,4 +1,4 @@
-// Package sdns starts a real systemd as PID 1 of namespaces of its own, for tests.
+// Package sdns starts a real systemd as PID 1 of namespaces of its own, for tests and the demo.
 //
 // The instance has its own mounts, processes, IPC, host name and cgroup tree, /run on a folder of the test, and only the units that the test gives it; the
 // network is shared, so that several instances are hosts which can talk. It needs root, a writable cgroup2 hierarchy, and the Debian packages systemd and dbus. All in it dies with its PID 1.
@@ -6,6 +6,7 @@ package sdns
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io/fs"
 	"net"
@@ -15,9 +16,20 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"testing"
 	"time"
 )
+
+// TB is what an instance needs of the test, or of the program, that it belongs to. *testing.T and *testing.B have it.
+type TB interface {
+	Helper()
+	Context() context.Context // ends just before the cleanups begin
+	Cleanup(func())
+	Log(args ...any)
+	Logf(format string, args ...any)
+	Fatal(args ...any) // must not return, and neither must the next two
+	Fatalf(format string, args ...any)
+	Skip(args ...any)
+}
 
 // Instance is one running systemd.
 type Instance struct {
@@ -26,9 +38,9 @@ type Instance struct {
 }
 
 // Need skips the test when what it takes is missing, and names it. With XOSTOR_TEST_STRICT=1 that is a failure.
-func Need(tb testing.TB) {
+func Need(tb TB) {
 	tb.Helper()
-	if why := missing(); why != "" {
+	if why := Missing(); why != "" {
 		if os.Getenv("XOSTOR_TEST_STRICT") == "1" {
 			tb.Fatal("cannot run systemd in namespaces: " + why)
 		}
@@ -36,7 +48,8 @@ func Need(tb testing.TB) {
 	}
 }
 
-func missing() string {
+// Missing says what an instance needs and this machine lacks; "": nothing.
+func Missing() string {
 	if os.Getuid() != 0 {
 		return "root is needed"
 	}
@@ -89,7 +102,7 @@ mount --bind "$1/run" /run
 exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=xostor-test SYSTEMD_UNIT_PATH="$1/units" /lib/systemd/systemd --system --log-target=console --log-level=warning`
 
 // Start boots systemd with the given units (name to text) in dir and waits until it answers. It is killed when the test ends.
-func Start(tb testing.TB, dir string, units map[string]string) *Instance {
+func Start(tb TB, dir string, units map[string]string) *Instance {
 	tb.Helper()
 	Need(tb)
 	for _, d := range []string{"units", "run"} {
@@ -154,7 +167,7 @@ func Start(tb testing.TB, dir string, units map[string]string) *Instance {
 }
 
 // await dials the sockets until both accept.
-func (in *Instance) await(tb testing.TB, exited <-chan struct{}) {
+func (in *Instance) await(tb TB, exited <-chan struct{}) {
 	tb.Helper()
 	deadline := time.After(20 * time.Second)
 	tick := time.NewTicker(5 * time.Millisecond)
@@ -183,7 +196,7 @@ func accepts(socket string) bool {
 }
 
 // Write adds or replaces a unit file. systemd sees it after a reload.
-func Write(tb testing.TB, dir, name, text string) {
+func Write(tb TB, dir, name, text string) {
 	tb.Helper()
 	if err := os.WriteFile(filepath.Join(dir, "units", name), []byte(text), 0o644); err != nil {
 		tb.Fatal(err)
@@ -208,7 +221,7 @@ func (in *Instance) Command(argv ...string) *exec.Cmd {
 }
 
 // removeGroup takes the cgroup tree down once its last process is gone.
-func removeGroup(tb testing.TB, group string) {
+func removeGroup(tb TB, group string) {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for range 250 {
