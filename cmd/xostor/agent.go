@@ -57,6 +57,7 @@ func runAgent(ctx context.Context, c *call) error {
 	if err := systemd.Ready("mode " + conf.Mode); err != nil {
 		c.log.Warn("tell systemd", agents.KeyErr, err)
 	}
+	go stayLean(ctx, c.log.Debug)
 	err = agents.Run(ctx, a, o)
 	_ = systemd.Stopping() // systemd sees the exit anyway
 	c.log.Info("agent stopped", agents.KeyAgent, a.Name())

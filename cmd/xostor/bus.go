@@ -65,6 +65,7 @@ func runBus(ctx context.Context, c *call) (err error) {
 	if err := systemd.Ready("door " + c.config.Bus.Socket); err != nil {
 		c.log.Warn("tell systemd", agents.KeyErr, err)
 	}
+	feeds.Go(func() { stayLean(ctx, c.log.Debug) })
 	feedWatchdog(ctx, c, conn)
 	_ = systemd.Stopping() // systemd sees the exit anyway
 	c.log.Info("bus stopped")
