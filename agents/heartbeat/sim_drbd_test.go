@@ -419,8 +419,8 @@ func (d *simDRBD) resync(i, j int) {
 			best = k
 		}
 	}
-	for _, k := range []int{i, j} {
-		if best >= 0 && k < d.diskful && k != best {
+	for _, k := range from { // A disk that had connected to a diskless Primary before any newer one is behind, too.
+		if best >= 0 && k < d.diskful && d.nodes[k].ver.less(d.nodes[best].ver) {
 			d.copyDisk(best, k, d.nodes[best].ver)
 		}
 	}
