@@ -1,12 +1,15 @@
 package dom0
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
 	"net/netip"
+	"net/url"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -80,8 +83,9 @@ const noStore = "none"
 
 // AgentsConfig is what agents share, and a section for each agent.
 type AgentsConfig struct {
-	StateDir string       `toml:"state_dir"` // small files that survive a restart
-	SRSize   SRSizeConfig `toml:"sr-size"`
+	StateDir string         `toml:"state_dir"` // small files that survive a restart
+	SRSize   SRSizeConfig   `toml:"sr-size"`
+	Failover FailoverConfig `toml:"failover"`
 }
 
 // SRSizeConfig is the section [agents.sr-size].
@@ -89,6 +93,31 @@ type SRSizeConfig struct {
 	Mode   string   `toml:"mode"`   // "act" or "observe"
 	Grace  Duration `toml:"grace"`  // how long a partial view is no finding
 	Resync Duration `toml:"resync"` // a look without any event
+}
+
+// FailoverConfig is the section [agents.failover].
+type FailoverConfig struct {
+	Mode           string   `toml:"mode"`            // "auto", "guard", "owner", or "observe": findings only, nothing is done
+	Name           string   `toml:"name"`            // this host's name in LINSTOR; empty: from the .res file and the kernel's host name
+	Port           int      `toml:"port"`            // UDP for beats, TCP for fetching backups; the same on all hosts
+	Listen         string   `toml:"listen"`          // address for these; empty: all
+	Addresses      []string `toml:"addresses"`       // further addresses of the other hosts; empty: the pool's management addresses, as the bus or XAPI knows them
+	Socket         string   `toml:"socket"`          // where `xostor controller` asks, mode 0600
+	StateDir       string   `toml:"state_dir"`       // the copy of the .res file and what the other hosts said last
+	BackupDir      string   `toml:"backup_dir"`      // backups of the database; not on the database's own filesystem
+	Backups        bool     `toml:"backups"`         // take and fetch backups
+	Resource       string   `toml:"resource"`        // DRBD resource of the database
+	MountPoint     string   `toml:"mount_point"`     // of the database
+	MountUnit      string   `toml:"mount_unit"`      // mounts it
+	ControllerUnit string   `toml:"controller_unit"` // runs LINSTOR's controller
+	ControllerURL  string   `toml:"controller_url"`  // of this host's controller
+	ProbeEvery     Duration `toml:"probe_every"`     // between two probes of the controller; three that fail make it hung
+	ResDir         string   `toml:"res_dir"`         // LINSTOR's .res files
+	ReactorConfig  string   `toml:"reactor_config"`  // drbd-reactor's main configuration
+	ReactorDir     string   `toml:"reactor_dir"`     // and its snippets
+	Drbdsetup      string   `toml:"drbdsetup"`       // program
+	Drbdadm        string   `toml:"drbdadm"`         // program
+	DeviceMajor    int      `toml:"device_major"`    // of the database's block device
 }
 
 // Duration is a time span such as "5s" or "2m30s".
@@ -111,7 +140,11 @@ func DefaultConfig() Config {
 		XAPI: XAPIConfig{Socket: xapi.DefaultSocket},
 		Bus: BusConfig{Socket: "/run/xostor/bus.sock", Store: "/var/lib/xostor/bus", Cluster: true, RouteListen: ":6222", Ptoken: poolcert.SecretPath,
 			SubscribeUsers: "/etc/xostor/subscribers"},
-		Agents: AgentsConfig{StateDir: "/var/lib/xostor/agents", SRSize: SRSizeConfig{Mode: "act", Grace: Duration(5 * time.Second), Resync: Duration(time.Minute)}},
+		Agents: AgentsConfig{StateDir: "/var/lib/xostor/agents", SRSize: SRSizeConfig{Mode: "act", Grace: Duration(5 * time.Second), Resync: Duration(time.Minute)},
+			Failover: FailoverConfig{Mode: "auto", Port: 7999, Socket: "/run/xostor/failover.sock", StateDir: "/var/lib/xostor/failover", BackupDir: "/var/lib/xostor/failover/backups",
+				Backups: true, Resource: "xcp-persistent-database", MountPoint: "/var/lib/linstor", MountUnit: "var-lib-linstor.service", ControllerUnit: "linstor-controller.service",
+				ControllerURL: "http://127.0.0.1:3370", ProbeEvery: Duration(10 * time.Second), ResDir: "/var/lib/linstor.d", ReactorConfig: "/etc/drbd-reactor.toml",
+				ReactorDir: "/etc/drbd-reactor.d", Drbdsetup: "drbdsetup", Drbdadm: "drbdadm", DeviceMajor: 147}},
 	}
 }
 
@@ -157,9 +190,13 @@ func ParseConfig(text string) (Config, error) {
 	if m := c.Agents.SRSize.Mode; !slices.Contains([]string{"act", "observe"}, m) {
 		return Config{}, fmt.Errorf("agents.sr-size.mode is %q; want \"act\" or \"observe\"", m)
 	}
+	if err := c.Agents.Failover.check(); err != nil {
+		return Config{}, err
+	}
 	for key, value := range map[string]string{"host.pool_conf": c.Host.PoolConf, "host.inventory": c.Host.Inventory, "xapi.socket": c.XAPI.Socket,
 		"bus.socket": c.Bus.Socket, "bus.store": c.Bus.Store, "bus.route_listen": c.Bus.RouteListen, "bus.ptoken": c.Bus.Ptoken, "bus.subscribe_users": c.Bus.SubscribeUsers,
-		"agents.state_dir": c.Agents.StateDir} {
+		"agents.state_dir": c.Agents.StateDir, "agents.failover.resource": c.Agents.Failover.Resource, "agents.failover.mount_unit": c.Agents.Failover.MountUnit,
+		"agents.failover.controller_unit": c.Agents.Failover.ControllerUnit, "agents.failover.drbdsetup": c.Agents.Failover.Drbdsetup, "agents.failover.drbdadm": c.Agents.Failover.Drbdadm} {
 		if value == "" {
 			return Config{}, fmt.Errorf("%s is empty; leave the key out for its default", key)
 		}
@@ -173,6 +210,40 @@ func ParseConfig(text string) (Config, error) {
 		return Config{}, errors.New("bus.subscribe_cert and bus.subscribe_key belong together; set both or none")
 	}
 	return c, nil
+}
+
+// check refuses what waiting cannot cure.
+func (c FailoverConfig) check() error {
+	if !slices.Contains([]string{"auto", "guard", "owner", "observe"}, c.Mode) {
+		return fmt.Errorf("agents.failover.mode is %q; want \"auto\", \"guard\", \"owner\" or \"observe\"", c.Mode)
+	}
+	if c.Port < 1 || c.Port > 65535 {
+		return fmt.Errorf("agents.failover.port is %d; want 1 to 65535", c.Port)
+	}
+	if c.DeviceMajor < 1 || c.DeviceMajor > 4095 { // 12 bits in the kernel's dev_t
+		return fmt.Errorf("agents.failover.device_major is %d; want 1 to 4095", c.DeviceMajor)
+	}
+	for _, text := range append(slices.Clone(c.Addresses), cmp.Or(c.Listen, "127.0.0.1")) {
+		if _, err := netip.ParseAddr(text); err != nil {
+			return fmt.Errorf("agents.failover.listen or addresses has %q; want an IP address without a port", text)
+		}
+	}
+	if u, err := url.Parse(c.ControllerURL); err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+		return fmt.Errorf("agents.failover.controller_url is %q; want \"http://ADDRESS:PORT\"", c.ControllerURL)
+	}
+	if strings.ContainsAny(c.Resource, "/ ") || strings.HasPrefix(c.Resource, ".") {
+		return fmt.Errorf("agents.failover.resource is %q; want the name of a DRBD resource", c.Resource)
+	}
+	for key, path := range map[string]string{"socket": c.Socket, "state_dir": c.StateDir, "backup_dir": c.BackupDir, "mount_point": c.MountPoint, "res_dir": c.ResDir,
+		"reactor_config": c.ReactorConfig, "reactor_dir": c.ReactorDir} {
+		if !filepath.IsAbs(path) || filepath.Clean(path) != path {
+			return fmt.Errorf("agents.failover.%s is %q; want an absolute path without \"..\" or a slash at its end", key, path)
+		}
+	}
+	if strings.HasPrefix(c.BackupDir+"/", c.MountPoint+"/") {
+		return errors.New("agents.failover.backup_dir is below agents.failover.mount_point; a backup must not be on the filesystem that it is made of")
+	}
+	return nil
 }
 
 func isListen(text string) bool {
@@ -191,5 +262,9 @@ func isListen(text string) bool {
 func knownKeys() []string {
 	return []string{"host.pool_conf", "host.inventory", "host.name", "xapi.socket", "linstor.controllers", "bus.socket", "bus.store",
 		"bus.cluster", "bus.route_listen", "bus.ptoken", "bus.subscribe_listen", "bus.subscribe_users", "bus.subscribe_cert", "bus.subscribe_key",
-		"agents.state_dir", "agents.sr-size.mode", "agents.sr-size.grace", "agents.sr-size.resync"}
+		"agents.state_dir", "agents.sr-size.mode", "agents.sr-size.grace", "agents.sr-size.resync",
+		"agents.failover.mode", "agents.failover.name", "agents.failover.port", "agents.failover.listen", "agents.failover.addresses", "agents.failover.socket",
+		"agents.failover.state_dir", "agents.failover.backup_dir", "agents.failover.backups", "agents.failover.resource", "agents.failover.mount_point",
+		"agents.failover.mount_unit", "agents.failover.controller_unit", "agents.failover.controller_url", "agents.failover.probe_every", "agents.failover.res_dir",
+		"agents.failover.reactor_config", "agents.failover.reactor_dir", "agents.failover.drbdsetup", "agents.failover.drbdadm", "agents.failover.device_major"}
 }
