@@ -11,6 +11,7 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -18,7 +19,7 @@ const (
 	pausedAfter   = 30 * time.Second // A cluster needs some 10 s to find its leaders; less is no news.
 	streamTimeout = 3 * time.Second
 	silentAfter   = 10 * time.Second // A host of the group that was not heard for this long and has no route is not there.
-	manyHosts     = 3 // From here on the history has this many copies.
+	manyHosts     = 3                // From here on the history has this many copies.
 )
 
 // HistoryOff says why there is no history; "" when there is one.
@@ -38,7 +39,12 @@ func (b *Bus) HistoryPaused() string {
 	return b.historyPaused
 }
 
+// setHistory notes why there is no history. The server's own words do not always say that the disk is full, so the free space is added.
 func (b *Bus) setHistory(off string) {
+	var st unix.Statfs_t
+	if off != "" && unix.Statfs(b.opts.StoreDir, &st) == nil {
+		off = fmt.Sprintf("%s (%d MiB free in %s)", off, st.Bavail*uint64(st.Bsize)>>20, b.opts.StoreDir)
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.historyOff = off

@@ -7,8 +7,11 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/xostor-agents/xostor-agents/bus/subject"
 )
@@ -192,4 +195,54 @@ func damage(t *testing.T, dir string) {
 	if err != nil || n == 0 {
 		t.Fatalf("%d files damaged, %v", n, err)
 	}
+}
+
+// TestClusterHistory_FullDiskOfOneHost fills a small file system of its own under one host's copy, which needs root.
+func TestClusterHistory_FullDiskOfOneHost(t *testing.T) {
+	p := newTestPool(t, 3)
+	h := p.pool.Hosts
+	small := filepath.Join(p.dir, h[2].UUID)
+	smallDisk(t, small)
+	p.startAll(nil)
+	p.meshed(h...)
+	p.keeps("3 copies", h...)
+	keepsNew(t, p.conn(h[0]), p.conn(h[1]), "one")
+
+	body := []byte(`"` + strings.Repeat("x", 50<<10) + `"`)
+	c := p.conn(h[0])
+	ear := p.listen(h[2], "live")
+	eventually(t, patience, "the host whose disk is full says so", func() bool {
+		for range 10 {
+			if err := PublishEvent(c, Event{ID: "filler", Source: "/test", Type: "t", Subject: subject.XAPI("vdi", "u"), Data: body}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return slices.ContainsFunc(p.nodes[h[2].UUID].Condition().Problems, func(x Problem) bool { return x.Code == "history-off" })
+	})
+	eventually(t, patience, "the reason shows the free space", func() bool { // The server's word comes a moment after the deed.
+		return strings.Contains(p.nodes[h[2].UUID].HistoryOff(), "MiB free in "+small)
+	})
+	ear.hears(t, c, "live", "heard on the host with the full disk")
+	p.keeps("3 copies", h[:2]...)
+	keepsNew(t, p.conn(h[1]), p.conn(h[0]), "two")
+	told(t, p.conn(h[0]), "one", "two")
+}
+
+// smallDisk mounts a file system of 2 MiB on dir.
+func smallDisk(t *testing.T, dir string) {
+	t.Helper()
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=2m"); err != nil {
+		if os.Getenv("XOSTOR_TEST_STRICT") == "1" {
+			t.Fatalf("mount a small file system: %v", err)
+		}
+		t.Skipf("mount a small file system: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
 }
