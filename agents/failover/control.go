@@ -7,11 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -37,6 +38,7 @@ type Report struct {
 	Move     *Move            `json:"move,omitempty"`
 	Hosts    []HostReport     `json:"hosts"`
 	Findings []agents.Finding `json:"findings"`
+	Actions  []agents.Action  `json:"actions"` // what would be done next
 	Snapshot *Snapshot        `json:"snapshot,omitempty"`
 	Error    string           `json:"error,omitempty"` // a refused request
 }
@@ -101,7 +103,8 @@ func (s *Service) answer(r request) Report {
 }
 
 func (s *Service) report(now time.Time, snap *Snapshot) Report {
-	out := Report{Text: Describe(now, *snap), Mode: snap.Mode, ModeWhy: snap.ModeWhy, Move: snap.Move, Findings: Decide(now, *snap).Findings, Snapshot: snap}
+	plan := Decide(now, *snap)
+	out := Report{Text: Describe(now, *snap), Mode: snap.Mode, ModeWhy: snap.ModeWhy, Move: snap.Move, Findings: plan.Findings, Actions: plan.Actions, Snapshot: snap}
 	self := beat(snap)
 	out.Hosts = append(out.Hosts, HostReport{Name: snap.Self, Role: self.Role, Mode: self.Mode, JVM: self.JVM, Usable: self.Usable, Failures: self.Failures, Heard: "this host"})
 	if self.Owner {
@@ -175,12 +178,15 @@ func PlanMove(now time.Time, s Snapshot, to string) (Move, error) {
 	return Move{ID: s.Self + "-" + strconv.FormatInt(now.UnixNano(), 36), From: from, To: hosts[target].Node}, nil
 }
 
+// ErrNotRunning says that no agent answers on this host.
+var ErrNotRunning = errors.New("the failover agent does not run on this host")
+
 // Client talks to the agent of this host.
 type Client struct {
 	Socket string // DefaultSocket
 }
 
-// Status asks for a report. Error: the agent does not run.
+// Status asks for a report. Error: ErrNotRunning.
 func (c Client) Status(ctx context.Context) (Report, error) { return c.ask(ctx, request{Do: "status"}) }
 
 func (c Client) ask(ctx context.Context, r request) (Report, error) {
@@ -191,8 +197,13 @@ func (c Client) ask(ctx context.Context, r request) (Report, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
-	if err != nil {
-		return Report{}, fmt.Errorf("ask the failover agent of this host: %w; is xostor-failover running?", err)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return Report{}, fmt.Errorf("%w; start it with: systemctl start xostor-failover", ErrNotRunning)
+	case errors.Is(err, fs.ErrPermission):
+		return Report{}, fmt.Errorf("ask the failover agent of this host: %w; only root may", err)
+	case err != nil:
+		return Report{}, fmt.Errorf("ask the failover agent of this host: %w; look at: systemctl status xostor-failover", err)
 	}
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Now()) })
@@ -268,7 +279,7 @@ func (c Command) Run(ctx context.Context, args []string) error {
 		c.Names = DefaultNames()
 	}
 	if c.Store == "" {
-		c.Store = filepath.Join(DefaultPaths().StateDir, "backups")
+		c.Store = DefaultPaths().backups()
 	}
 	switch {
 	case len(args) == 1 && args[0] == "status":
@@ -278,7 +289,7 @@ func (c Command) Run(ctx context.Context, args []string) error {
 		if len(args) == 2 {
 			to = args[1]
 		}
-		return c.Client.Move(ctx, to, func(s string) { fmt.Fprintln(c.Out, s) })
+		return c.move(ctx, to)
 	case len(args) == 1 && args[0] == "backups":
 		return c.backups()
 	case len(args) >= 2 && len(args) <= 3 && args[0] == "restore" && args[1] == "--plan":
@@ -287,13 +298,43 @@ func (c Command) Run(ctx context.Context, args []string) error {
 	return ErrUsage
 }
 
+// print writes a value as JSON for programs.
+func (c Command) print(v any) error {
+	enc := json.NewEncoder(c.Out)
+	enc.SetIndent("", "  ")
+	if err := enc.Encode(v); err != nil {
+		return fmt.Errorf("print: %w", err)
+	}
+	return nil
+}
+
+// move prints each change, or with JSON one object at the end.
+func (c Command) move(ctx context.Context, to string) error {
+	began := time.Now()
+	say := func(s string) { fmt.Fprintln(c.Out, s) }
+	if c.JSON {
+		say = func(string) {}
+	}
+	if err := c.Client.Move(ctx, to, say); err != nil {
+		return err
+	}
+	r, err := c.Client.Status(ctx)
+	if err != nil || !c.JSON {
+		return err
+	}
+	return c.print(struct {
+		Owner string        `json:"owner"`
+		Took  time.Duration `json:"took_ns"`
+	}{r.Owner, time.Since(began)})
+}
+
 func (c Command) status(ctx context.Context) error {
 	r, err := c.Client.Status(ctx)
 	if err != nil {
 		return err
 	}
 	if c.JSON {
-		return json.NewEncoder(c.Out).Encode(r)
+		return c.print(r)
 	}
 	fmt.Fprintln(c.Out, r.Text)
 	fmt.Fprintf(c.Out, "mode %s: %s\n", r.Mode, r.ModeWhy)
@@ -317,14 +358,27 @@ func (c Command) status(ctx context.Context) error {
 	return nil
 }
 
+// checkedBackup is a kept backup and what reading it again found: "good", or what is wrong.
+type checkedBackup struct {
+	Backup
+	Check string `json:"check"`
+}
+
 func (c Command) backups() error {
 	store := &Store{Dir: c.Store}
 	list, err := store.List()
 	if err != nil {
 		return err
 	}
+	checked := make([]checkedBackup, len(list))
+	for i, b := range list {
+		checked[i] = checkedBackup{b, "good"}
+		if err := store.Check(b); err != nil {
+			checked[i].Check = err.Error()
+		}
+	}
 	if c.JSON {
-		return json.NewEncoder(c.Out).Encode(list)
+		return c.print(checked)
 	}
 	if len(list) == 0 {
 		fmt.Fprintln(c.Out, "No backup on this host. The host that runs the controller and two others keep them.")
@@ -332,12 +386,8 @@ func (c Command) backups() error {
 	}
 	w := tabwriter.NewWriter(c.Out, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(w, "NAME\tTAKEN\tBYTES\tWHY\tCHECK")
-	for _, b := range list {
-		check := "good"
-		if err := store.Check(b); err != nil {
-			check = err.Error()
-		}
-		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\n", b.Name, b.Taken.Format(time.RFC3339), b.Size, b.Why, check)
+	for _, b := range checked {
+		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\n", b.Name, b.Taken.Format(time.RFC3339), b.Size, b.Why, b.Check)
 	}
 	if err := w.Flush(); err != nil {
 		return fmt.Errorf("print backups: %w", err)
@@ -366,8 +416,15 @@ func (c Command) restore(ctx context.Context, name string) error {
 			}
 			continue
 		}
+		steps := RestorePlan(c.Names, b, c.Store, owner)
+		if c.JSON {
+			return c.print(struct {
+				Backup Backup   `json:"backup"`
+				Steps  []string `json:"steps"`
+			}{b, steps})
+		}
 		fmt.Fprintf(c.Out, "To restore %s, taken %s, by hand:\n", b.Name, b.Taken.Format(time.RFC3339))
-		for i, step := range RestorePlan(c.Names, b, c.Store, owner) {
+		for i, step := range steps {
 			fmt.Fprintf(c.Out, "%2d. %s\n", i+1, step)
 		}
 		return nil

@@ -3,6 +3,7 @@ package failover
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -265,6 +266,7 @@ func below(path, dir string) bool { return path == dir || strings.HasPrefix(path
 type Paths struct {
 	ResDir     string // LINSTOR's .res files
 	StateDir   string // this agent's own
+	BackupDir  string // "": below StateDir
 	ReactorCfg string // drbd-reactor's main configuration
 	ReactorDir string // its snippets
 }
@@ -273,6 +275,8 @@ type Paths struct {
 func DefaultPaths() Paths {
 	return Paths{ResDir: "/var/lib/linstor.d", StateDir: "/var/lib/xostor/failover", ReactorCfg: "/etc/drbd-reactor.toml", ReactorDir: "/etc/drbd-reactor.d"}
 }
+
+func (p Paths) backups() string { return cmp.Or(p.BackupDir, filepath.Join(p.StateDir, "backups")) }
 
 // hostFiles keeps what is on this host's disk. Files are read again when they changed.
 type hostFiles struct {

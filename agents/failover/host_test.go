@@ -331,7 +331,7 @@ func TestStore(t *testing.T) {
 		t.Fatal(err)
 	}
 	served := make(chan struct{})
-	go func() { s.Serve(l, key); close(served) }()
+	go func() { s.Serve(l, func() [][]byte { return [][]byte{key} }); close(served) }()
 	defer func() { _ = l.Close(); <-served }()
 	other := &Store{Dir: filepath.Join(t.TempDir(), "o")}
 	if err := other.Fetch(t.Context(), l.Addr().String(), key, first); err != nil {

@@ -42,7 +42,7 @@ type keeper struct {
 	last     func() Snapshot
 	say      func([]Backup)
 	address  func(host string) string // where a host serves backups
-	key      []byte
+	keys     *keyring
 	children *child.Runner
 	every    time.Duration // between two looks
 	log      *slog.Logger
@@ -185,7 +185,7 @@ func (k *keeper) fetch(ctx context.Context, s *Snapshot, have []Backup) (err err
 			if to == "" {
 				continue
 			}
-			err = errors.Join(err, k.store.Fetch(ctx, to, k.key, b))
+			err = errors.Join(err, k.store.Fetch(ctx, to, k.keys.all(time.Now())[0], b))
 		}
 	}
 	return err
@@ -278,5 +278,5 @@ func zipFile(to, from, name string) error {
 func (k *keeper) serve(ctx context.Context, l net.Listener) {
 	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
 	defer stop()
-	k.store.Serve(l, k.key)
+	k.store.Serve(l, func() [][]byte { return k.keys.all(time.Now()) })
 }

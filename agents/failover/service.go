@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -34,9 +35,10 @@ type ServiceConfig struct {
 	Socket     string              // control socket; DefaultSocket
 	Listen     string              // address for beats; all
 	Port       int                 // DefaultPort
-	Addresses  map[string][]string // further addresses of other hosts by name, such as on the management network
+	Addresses  map[string][]string // further addresses of other hosts by name; SetAddresses is for those without a name
 	ProbeEvery time.Duration       // 10 s
 	BackupLook time.Duration       // between two looks whether a backup is due; a minute
+	NoBackups  bool                // takes and fetches none
 	Drbdsetup  string              // program
 	Drbdadm    string              // program
 	Major      int                 // of DRBD's block devices; MajorDRBD
@@ -49,6 +51,7 @@ type Service struct {
 	agent   *Agent
 	drbd    *hostDRBD
 	units   *cachedUnits
+	keys    *keyring
 	net     *network
 	prober  *prober
 	keeper  *keeper
@@ -65,6 +68,16 @@ func NewService(cfg ServiceConfig) (*Service, error) {
 	if cfg.Self == "" || len(cfg.Key) == 0 {
 		return nil, errors.New("set up failover: the host's name and the pool's key are needed")
 	}
+	s := &Service{cfg: cfg.withDefaults()}
+	if err := s.open(); err != nil {
+		s.Close()
+		return nil, err
+	}
+	s.assemble()
+	return s, nil
+}
+
+func (cfg ServiceConfig) withDefaults() ServiceConfig {
 	if cfg.Names == (Names{}) {
 		cfg.Names = DefaultNames()
 	}
@@ -84,13 +97,40 @@ func NewService(cfg ServiceConfig) (*Service, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Service{cfg: cfg}
-	if err := s.open(); err != nil {
-		s.Close()
-		return nil, err
-	}
+	return cfg
+}
+
+const lookTime = 3 * time.Second // for DRBD's first dump and options
+
+// Look looks once, for a host on which no agent runs, and returns what an agent would do. It opens no socket, so it hears nobody: of the other hosts it knows
+// only what an agent kept on disk. It writes nothing. Self is compulsory, Key is not needed.
+func Look(ctx context.Context, cfg ServiceConfig) (Snapshot, agents.Plan, error) {
+	s := &Service{cfg: cfg.withDefaults()}
 	s.assemble()
-	return s, nil
+	seen, done := context.WithTimeout(ctx, lookTime)
+	defer done()
+	whole := func() {
+		if s.drbd.View().Fresh && s.drbd.Options().Quorum != "" {
+			done()
+		}
+	}
+	s.setWake(func(subject.Subject) { whole() })
+	follow, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	defer s.units.Close()
+	wg.Go(func() { s.drbd.Run(follow) })
+	wg.Go(func() { s.drbd.readOptions(follow, s.hint) })
+	<-seen.Done()
+	plan, err := agents.Look(ctx, s.agent)
+	return s.agent.Last(), plan, err
+}
+
+func (s *Service) setWake(wake func(subject.Subject)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.wake = wake
 }
 
 func (s *Service) open() (err error) {
@@ -131,11 +171,12 @@ func (s *Service) assemble() {
 	s.drbd.Watcher = drbd.NewWatcher(drbd.Events2{Program: c.Drbdsetup, Resource: c.Names.Resource}, s.hint, c.Log)
 	s.units = &cachedUnits{Units: &systemd.Units{}}
 	s.files = &hostFiles{paths: c.Paths, resource: c.Names.Resource, children: children}
-	s.net = &network{key: c.Key, port: c.Port, extra: c.Addresses, view: s.drbd.View, changed: s.hint, save: s.files.saveKnown, log: c.Log,
-		epoch: time.Now().UnixNano(), table: NewTable(c.Self, c.Policy.SuspectAfter, s.files.loadKnown()), last: map[string]packet{}, socks: map[netip.AddrPort]*net.UDPConn{}}
+	s.keys = newKeyring(c.Key)
+	s.net = &network{keys: s.keys, port: c.Port, extra: c.Addresses, view: s.drbd.View, changed: s.hint, save: s.files.saveKnown, log: c.Log,
+		epoch: time.Now().UnixNano(), table: NewTable(c.Self, c.Policy.SuspectAfter, s.files.loadKnown()), last: map[string]packet{}, nameAt: map[netip.Addr]string{}, socks: map[netip.AddrPort]*net.UDPConn{}}
 	s.prober = newProber(c.Controller, c.Names.MountPoint, children, c.ProbeEvery, s.hint)
-	s.keeper = &keeper{store: &Store{Dir: filepath.Join(c.Paths.StateDir, "backups")}, prober: s.prober, names: c.Names, state: c.Paths.StateDir, jars: c.Jars,
-		say: s.net.sayBackups, address: s.net.addressOf, key: c.Key, children: children, every: c.BackupLook, log: c.Log}
+	s.keeper = &keeper{store: &Store{Dir: c.Paths.backups()}, prober: s.prober, names: c.Names, state: c.Paths.StateDir, jars: c.Jars,
+		say: s.net.sayBackups, address: s.net.addressOf, keys: s.keys, children: children, every: c.BackupLook, log: c.Log}
 	s.agent = New(Config{Self: c.Self, Names: c.Names, Policy: c.Policy, Force: c.Force, DRBD: s.drbd, Units: s.units, Mounts: hostMounts{c.Major, children},
 		Prober: s.prober, Talk: s.net, Files: s.files, BeforeStart: s.keeper.beforeStart, BackupTrouble: s.keeper.Trouble, Log: c.Log})
 	s.keeper.last = s.agent.Last
@@ -154,15 +195,26 @@ func (s *Service) hint() {
 // Agent is the agent, for `xostor plan`.
 func (s *Service) Agent() *Agent { return s.agent }
 
+// SetAddresses tells where agents of other hosts may be, besides DRBD's own paths: the pool's management addresses. It may be called at any time.
+func (s *Service) SetAddresses(list []netip.Addr) {
+	s.net.mu.Lock()
+	defer s.net.mu.Unlock()
+	s.net.anywhere = slices.Clone(list)
+	for i, a := range s.net.anywhere {
+		s.net.anywhere[i] = a.Unmap()
+	}
+}
+
+// UseKey takes the key of a new pool secret into use, and tells whether it is another one. The one before stays good for ten minutes. It may be called at any time.
+func (s *Service) UseKey(key []byte) bool { return s.keys.use(time.Now(), key) }
+
 // Run runs the agent and all it stands on until ctx ends. o gives the gate, reports and the watchdog; its timings are set where they are zero.
 func (s *Service) Run(ctx context.Context, o agents.Options) error {
 	d := RunOptions()
 	o.Settle, o.SettleMax, o.Resync = cmp.Or(o.Settle, d.Settle), cmp.Or(o.SettleMax, d.SettleMax), cmp.Or(o.Resync, d.Resync)
 	o.PassTimeout, o.BackoffMin, o.BackoffMax = cmp.Or(o.PassTimeout, d.PassTimeout), cmp.Or(o.BackoffMin, d.BackoffMin), cmp.Or(o.BackoffMax, d.BackoffMax)
 	o.Listen = func(ctx context.Context, _ []subject.Subject, wake func(subject.Subject)) error {
-		s.mu.Lock()
-		s.wake = wake
-		s.mu.Unlock()
+		s.setWake(wake)
 		wake("")
 		<-ctx.Done()
 		return nil
@@ -177,7 +229,9 @@ func (s *Service) Run(ctx context.Context, o agents.Options) error {
 	})
 	wg.Go(func() { s.net.run(ctx, s.beats) })
 	wg.Go(func() { s.prober.run(ctx) })
-	wg.Go(func() { s.keeper.run(ctx) })
+	if !s.cfg.NoBackups {
+		wg.Go(func() { s.keeper.run(ctx) })
+	}
 	wg.Go(func() { s.keeper.serve(ctx, s.backups) })
 	wg.Go(func() { s.serveControl(ctx) })
 	err := agents.Run(ctx, s.agent, o)

@@ -197,8 +197,9 @@ func requestMAC(key []byte, name string) string {
 	return hex.EncodeToString(m.Sum(nil))
 }
 
-// Serve gives backups to the other hosts of the pool until the listener is closed. A request is one line: the name and its HMAC under the beats' key.
-func (s *Store) Serve(l net.Listener, key []byte) {
+// Serve gives backups to the other hosts of the pool until the listener is closed. A request is one line: the name and its HMAC under one of the keys, which are
+// those of the beats.
+func (s *Store) Serve(l net.Listener, keys func() [][]byte) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	slots := make(chan struct{}, 4)
@@ -220,15 +221,16 @@ func (s *Store) Serve(l net.Listener, key []byte) {
 			defer func() { <-slots }()
 			defer c.Close()
 			_ = c.SetDeadline(time.Now().Add(fetchTimeout))
-			s.serveOne(c, key)
+			s.serveOne(c, keys())
 		})
 	}
 }
 
-func (s *Store) serveOne(c net.Conn, key []byte) {
+func (s *Store) serveOne(c net.Conn, keys [][]byte) {
 	line, err := bufio.NewReader(io.LimitReader(c, requestLimit)).ReadString('\n')
 	name, mac, ok := strings.Cut(strings.TrimSpace(line), " ")
-	if err != nil || !ok || !backupName.MatchString(name) || !hmac.Equal([]byte(mac), []byte(requestMAC(key, name))) {
+	asked := func(key []byte) bool { return hmac.Equal([]byte(mac), []byte(requestMAC(key, name))) }
+	if err != nil || !ok || !backupName.MatchString(name) || !slices.ContainsFunc(keys, asked) {
 		return
 	}
 	f, err := os.Open(filepath.Join(s.Dir, name))

@@ -72,9 +72,9 @@ func unseal(key, data []byte) (packet, error) {
 
 // network carries beats between the agents of a pool.
 type network struct {
-	key     []byte
+	keys    *keyring
 	port    int
-	extra   map[string][]string // further addresses of hosts by name, such as those on the management network
+	extra   map[string][]string // further addresses of hosts by name
 	view    func() drbd.View    // where DRBD's own paths are read from
 	changed func()
 	save    func(map[string]string) error
@@ -84,7 +84,10 @@ type network struct {
 	mu    sync.Mutex
 	table *Table
 	last  map[string]packet // newest by sender: older ones are replays or reordered
-	seq   uint64
+	// anywhere are addresses at which agents may be, such as on the management network; who is at one is learned from the beats that come from it.
+	anywhere []netip.Addr
+	nameAt   map[netip.Addr]string
+	seq      uint64
 	// backups are the newest ones of this host, for the others to fetch.
 	backups []Backup
 
@@ -123,7 +126,7 @@ func storageAddress(path string) (netip.Addr, bool) {
 	return ap.Addr().Unmap(), err == nil
 }
 
-// destinations are the addresses of all other hosts: DRBD's paths, and what was configured.
+// destinations are the addresses of all other hosts, with their names as far as they are known: DRBD's paths, and what was told.
 func (n *network) destinations() (by map[netip.AddrPort]string, storage map[netip.Addr]bool) {
 	by, storage = map[netip.AddrPort]string{}, map[netip.Addr]bool{}
 	if r := n.view().Resource; r != nil {
@@ -141,6 +144,13 @@ func (n *network) destinations() (by map[netip.AddrPort]string, storage map[neti
 			if a, err := netip.ParseAddr(text); err == nil {
 				by[netip.AddrPortFrom(a.Unmap(), uint16(n.port))] = name
 			}
+		}
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, a := range n.anywhere {
+		if to := netip.AddrPortFrom(a, uint16(n.port)); by[to] == "" {
+			by[to] = n.nameAt[a] // "" until it has been heard
 		}
 	}
 	return by, storage
@@ -177,10 +187,14 @@ func (n *network) send() {
 	if news {
 		n.changed()
 	}
-	data, err := seal(n.key, p)
-	if err != nil {
-		n.log.Error("beat lost", agents.KeyErr, err)
-		return
+	var sealed [][]byte
+	for _, key := range n.keys.all(now) {
+		data, err := seal(key, p)
+		if err != nil {
+			n.log.Error("beat lost", agents.KeyErr, err)
+			return
+		}
+		sealed = append(sealed, data)
 	}
 	for to, s := range n.socks {
 		if _, still := by[to]; !still {
@@ -189,7 +203,9 @@ func (n *network) send() {
 		}
 	}
 	for _, to := range slices.SortedFunc(maps.Keys(by), netip.AddrPort.Compare) {
-		n.sendTo(now, to, by[to], data)
+		for _, data := range sealed {
+			n.sendTo(now, to, by[to], data)
+		}
 	}
 }
 
@@ -204,7 +220,7 @@ func (n *network) sendTo(now time.Time, to netip.AddrPort, name string, data []b
 		n.socks[to] = s
 	}
 	_ = s.SetWriteDeadline(now.Add(BeatInterval / 2))
-	if _, err := s.Write(data); errors.Is(err, syscall.ECONNREFUSED) {
+	if _, err := s.Write(data); name != "" && errors.Is(err, syscall.ECONNREFUSED) {
 		n.mu.Lock()
 		n.table.Answered(now, name)
 		n.mu.Unlock()
@@ -221,13 +237,23 @@ func (n *network) receive(conn *net.UDPConn) {
 		if err != nil {
 			continue // an ICMP error of an earlier answer
 		}
-		p, err := unseal(n.key, buf[:size])
+		p, err := n.unseal(buf[:size])
 		if err != nil {
 			n.log.Debug("beat refused", agents.KeyErr, err)
 			continue
 		}
 		n.take(p, from.Addr().Unmap())
 	}
+}
+
+// unseal opens a beat with whichever key is good.
+func (n *network) unseal(data []byte) (p packet, err error) {
+	for _, key := range n.keys.all(time.Now()) {
+		if p, err = unseal(key, data); err == nil {
+			return p, nil
+		}
+	}
+	return packet{}, err
 }
 
 // take accepts a beat that is newer than the last one of its sender.
@@ -241,6 +267,9 @@ func (n *network) take(p packet, from netip.Addr) {
 		return
 	}
 	n.last[p.Beat.Node] = packet{Epoch: p.Epoch, Seq: p.Seq}
+	if slices.Contains(n.anywhere, from) {
+		n.nameAt[from] = p.Beat.Node
+	}
 	before := n.table.Known()
 	news := n.table.Receive(now, p.Beat, storage[from])
 	known := n.table.Known()
