@@ -419,8 +419,17 @@ func (d *simDRBD) resync(i, j int) {
 			best = k
 		}
 	}
-	for _, k := range from { // A disk that had connected to a diskless Primary before any newer one is behind, too.
-		if best >= 0 && k < d.diskful && d.nodes[k].ver.less(d.nodes[best].ver) {
+	if best < 0 {
+		return
+	}
+	late := []int{i, j}
+	for p, n := range d.nodes { // A disk that had connected to a diskless Primary before any newer one is behind, too.
+		if n.primary && n.ver.gen == d.nodes[best].ver.gen && (d.joined(p, i) || d.joined(p, j)) {
+			late = append(late, d.connected(p)...)
+		}
+	}
+	for _, k := range late {
+		if k < d.diskful && d.nodes[k].ver.less(d.nodes[best].ver) {
 			d.copyDisk(best, k, d.nodes[best].ver)
 		}
 	}
