@@ -2,6 +2,7 @@ package heartbeat
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -31,14 +32,16 @@ type Config struct {
 	Statefile bool
 	Peers     []PeerAddress // All hosts, this one included.
 	Timing    Timing
+	Xhad      Xhad // Where Timing comes from.
 	// Identity secures connections between hosts; nil is for labs only.
 	Identity *poolcert.Identity
+	// Fallback lists further addresses, host:port, of hosts that are not known yet: the management network's. Whose they
+	// are is learned from the certificate there. It may be nil, and is asked again now and then.
+	Fallback func() []string
 	// Open opens the device; nil makes this host never own.
 	Open func() (Device, error)
-	// Resource asks and steers DRBD; nil when the device is none.
+	// Resource asks and steers DRBD; nil when the device is none. A process that never owns only asks.
 	Resource Resource
-	// Barred is why this host must not own, from the resource's configuration.
-	Barred string
 	// Size of the export to local clients, in bytes.
 	Size int64
 	// Takeover: the kernel's device was there before this process.
@@ -61,7 +64,26 @@ type Daemon struct {
 	lastErr   string
 	lastWhy   string
 	passes    uint64
+	openErr   error // Of the last open; nil after one that succeeded.
+	drbd      *ResourceState
+	policy    *Policy
+	asked     map[string]*asking
+	learned   map[string]string // Fallback address to host.
+	asks      sync.WaitGroup
+	slots     chan struct{} // Of asks under way at once.
 }
+
+// asking is the state of asking one host.
+type asking struct {
+	busy bool
+	done time.Time // When the last one ended.
+}
+
+// Why a process does not own.
+const (
+	neverOwns     = "this process does not own"
+	policyUnknown = "what drbd does without quorum is not known yet"
+)
 
 // New checks the configuration and makes a daemon. Nothing runs before Run.
 func New(c Config) (*Daemon, error) {
@@ -71,16 +93,20 @@ func New(c Config) (*Daemon, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	d := &Daemon{c: c, front: newForwarder(c.Timing, c.Size, c.Statefile, c.Takeover)}
+	d := &Daemon{c: c, front: newForwarder(c.Timing, c.Size, c.Statefile, c.Takeover), asked: map[string]*asking{}, learned: map[string]string{},
+		slots: make(chan struct{}, 16)}
 	now := time.Now()
-	d.view = View{Self: c.Host, LostAt: now, Cut: map[string]time.Time{}, Barred: c.Barred}
+	d.view = View{Self: c.Host, LostAt: now, Cut: map[string]time.Time{}}
+	if c.Resource != nil {
+		d.view.Barred = policyUnknown
+	}
 	for _, p := range c.Peers {
 		if p.Host != c.Host {
 			d.view.Peers = append(d.view.Peers, Peer{Host: p.Host, At: now})
 		}
 	}
 	if c.Open == nil {
-		d.view.Barred = "this process does not own"
+		d.view.Barred = neverOwns
 	}
 	return d, nil
 }
@@ -106,19 +132,51 @@ func (d *Daemon) Remote() *nbd.Server {
 func (d *Daemon) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { d.loop(ctx, 25*time.Millisecond, d.search) })
-	wg.Go(func() {
-		buf := nbd.AlignedBuffer(512)
-		d.loop(ctx, d.c.Timing.Ping, func(context.Context) { d.front.ping(buf) })
-	})
+	wg.Go(func() { d.pings(ctx) })
 	wg.Go(func() { d.loop(ctx, 50*time.Millisecond, d.decide) })
 	if d.c.Resource != nil {
 		wg.Go(func() { d.loop(ctx, 2*time.Second, d.ask) })
 	}
+	if d.c.Resource != nil && d.c.Open != nil {
+		wg.Go(func() { d.loop(ctx, 10*time.Second, d.learnPolicy) })
+	}
+	if d.c.Fallback != nil && d.c.Identity != nil {
+		wg.Go(func() { d.loop(ctx, 10*time.Second, d.learnHosts) })
+	}
+	wg.Go(func() { d.loop(ctx, 5*time.Second, d.prefer) })
 	<-ctx.Done()
 	d.HandOver("")
 	d.front.stop()
 	wg.Wait()
+	d.asks.Wait()
 	return nil
+}
+
+// SetTiming follows xhad's configuration. An ownership under way keeps its own times, which do not depend on it.
+func (d *Daemon) SetTiming(t Timing, x Xhad) {
+	d.mu.Lock()
+	d.c.Timing, d.c.Xhad = t, x
+	d.mu.Unlock()
+	d.front.setTiming(t)
+}
+
+func (d *Daemon) timing() Timing {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.c.Timing
+}
+
+// pings keeps the front's link under watch.
+func (d *Daemon) pings(ctx context.Context) {
+	buf := nbd.AlignedBuffer(512)
+	for {
+		d.front.ping(buf)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(d.timing().Ping):
+		}
+	}
 }
 
 func (d *Daemon) loop(ctx context.Context, every time.Duration, do func(context.Context)) {
@@ -141,7 +199,7 @@ func (d *Daemon) HandOver(successor string) {
 	d.successor = successor
 	d.mu.Unlock()
 	if w != nil {
-		w.handOver(d.c.Timing.Suspect)
+		w.handOver(d.timing().Suspect)
 	}
 }
 
@@ -151,56 +209,142 @@ func (d *Daemon) ask(ctx context.Context) {
 	defer cancel()
 	st, err := d.c.Resource.State(ctx)
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	if err != nil {
-		d.view.Primary, d.lastErr = "", err.Error()
+		d.view.Primary, d.drbd, d.lastErr = "", nil, err.Error()
+		d.mu.Unlock()
 		return
 	}
+	d.drbd = &st
 	d.view.Primary, d.view.Diskful = st.Primary, st.Diskful
 	for i := range d.view.Peers {
-		d.view.Peers[i].Diskful = st.Peers[d.view.Peers[i].Host]
+		d.view.Peers[i].Diskful = st.Peers[d.view.Peers[i].Host] == DiskUpToDate
+	}
+	d.mu.Unlock()
+	if st.cutOff() {
+		d.front.dropFallback(time.Now())
 	}
 }
 
-// search looks for the owner while there is no link, and asks hosts whose DRBD link was cut.
-func (d *Daemon) search(ctx context.Context) {
-	d.front.mu.Lock()
-	linked := d.front.link != nil
-	if l := d.front.link; l != nil {
-		select {
-		case <-l.client.Ended():
-			linked = false
-			d.front.mu.Unlock()
-			d.front.detach(l, time.Now())
-			d.front.mu.Lock()
-		default:
-		}
-	}
-	d.front.mu.Unlock()
+// learnPolicy asks DRBD what it does without quorum, and leaves a device that may lose what was acknowledged.
+func (d *Daemon) learnPolicy(ctx context.Context) {
+	ask, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	p, err := d.c.Resource.Policy(ask)
 	d.mu.Lock()
-	last, cut := d.view.Owner, len(d.view.Cut) > 0
-	d.mu.Unlock()
-	if linked && !cut {
+	if err != nil {
+		d.lastErr = err.Error() // What was known stays known: a program that fails says nothing about the device.
+		d.mu.Unlock()
 		return
 	}
-	round, cancel := context.WithTimeout(ctx, time.Second+d.c.Timing.Settle)
-	defer cancel()
-	order := slices.Clone(d.c.Peers)
-	slices.SortStableFunc(order, func(a, b PeerAddress) int { return first(b.Host == last) - first(a.Host == last) })
-	few := make(chan struct{}, 8)
-	var wg sync.WaitGroup
-	for _, p := range order {
-		if linked && !d.isCut(p.Host) {
+	d.policy = &p
+	if d.c.Open != nil {
+		d.view.Barred = p.Barred()
+	}
+	barred, owner := d.view.Barred, d.owner
+	d.mu.Unlock()
+	if barred != "" && owner != nil {
+		d.c.Log.Error("leave device", "reason", barred)
+		d.HandOver("")
+	}
+}
+
+// learnHosts asks fallback addresses whose they are.
+func (d *Daemon) learnHosts(ctx context.Context) {
+	for _, addr := range d.c.Fallback() {
+		d.mu.Lock()
+		_, known := d.learned[addr]
+		d.mu.Unlock()
+		if known {
 			continue
 		}
-		few <- struct{}{}
-		wg.Go(func() {
-			defer func() { <-few }()
-			d.try(round, p, cancel)
+		host, err := d.whose(ctx, addr)
+		if err != nil {
+			d.c.Log.Debug("host of fallback address not learned", "addr", addr, "err", err)
+			continue
+		}
+		d.mu.Lock()
+		d.learned[addr] = host
+		d.mu.Unlock()
+	}
+}
+
+// whose reads the host's name in the certificate that is shown at addr.
+func (d *Daemon) whose(ctx context.Context, addr string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	conn, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return "", err
+	}
+	secure, host := d.c.Identity.Client(poolcert.PoolName), ""
+	secure.VerifyConnection = func(s tls.ConnectionState) error {
+		host = s.PeerCertificates[0].Subject.CommonName
+		return nil
+	}
+	_, err = nbd.Names(ctx, conn, secure)
+	return host, err
+}
+
+// addresses are a host's addresses, best first. The management network carries requests only while DRBD does not say that
+// this host is cut off from the device: a host without storage must lose its statefile, or its VMs hang unnoticed.
+func (d *Daemon) addresses(p PeerAddress) []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	out := slices.Clone(p.Addrs)
+	for addr, host := range d.learned {
+		if host == p.Host && !slices.Contains(out, addr) {
+			out = append(out, addr)
+		}
+	}
+	slices.Sort(out[len(p.Addrs):])
+	if len(out) > 1 && d.drbd != nil && d.drbd.cutOff() {
+		out = out[:1]
+	}
+	return out
+}
+
+// search looks for the owner while there is no link, and asks hosts whose DRBD link was cut. Each host is asked on its
+// own, so that one that does not answer delays no other.
+func (d *Daemon) search(ctx context.Context) {
+	linked := d.front.linked()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if linked && len(d.view.Cut) == 0 {
+		return
+	}
+	now := time.Now()
+	order := slices.Clone(d.c.Peers)
+	slices.SortStableFunc(order, func(a, b PeerAddress) int { return first(b.Host == d.view.Owner) - first(a.Host == d.view.Owner) })
+	for _, p := range order {
+		if _, cut := d.view.Cut[p.Host]; linked && !cut {
+			continue
+		}
+		a := d.asked[p.Host]
+		if a == nil {
+			a = &asking{}
+			d.asked[p.Host] = a
+		}
+		if a.busy || now.Sub(a.done) < askAgain {
+			continue
+		}
+		select {
+		case d.slots <- struct{}{}:
+		default:
+			return
+		}
+		a.busy = true
+		d.asks.Go(func() {
+			d.try(ctx, p)
+			d.mu.Lock()
+			a.busy, a.done = false, time.Now()
+			d.mu.Unlock()
+			<-d.slots
 		})
 	}
-	wg.Wait()
 }
+
+// askAgain is the pause before a host is asked again. An answer costs both sides a TLS handshake.
+const askAgain = 25 * time.Millisecond
 
 func first(b bool) int {
 	if b {
@@ -209,27 +353,12 @@ func first(b bool) int {
 	return 0
 }
 
-func (d *Daemon) isCut(host string) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	_, cut := d.view.Cut[host]
-	return cut
-}
-
 // try asks one host to serve.
-func (d *Daemon) try(ctx context.Context, p PeerAddress, found func()) {
-	client, err := d.dial(ctx, p)
+func (d *Daemon) try(ctx context.Context, p PeerAddress) {
+	l, err := d.dial(ctx, p, d.addresses(p))
 	if err == nil {
 		d.note(p.Host, Serves, "")
-		d.front.mu.Lock()
-		taken := d.front.link != nil
-		d.front.mu.Unlock()
-		if taken {
-			client.Close()
-			return
-		}
-		d.front.attach(&ownerLink{client: client, owner: p.Host})
-		found()
+		d.front.attach(l)
 		return
 	}
 	var refusal *nbd.Refusal
@@ -237,10 +366,10 @@ func (d *Daemon) try(ctx context.Context, p PeerAddress, found func()) {
 	case errors.As(err, &refusal):
 		_, successor, _ := strings.Cut(refusal.Message, "successor=")
 		d.note(p.Host, NotOwner, successor)
-	case errors.Is(err, syscall.ECONNREFUSED):
+	case errors.Is(err, errAllRefused):
 		d.note(p.Host, Refused, "")
-	case ctx.Err() != nil && errors.Is(ctx.Err(), context.Canceled):
-		// Another host was found meanwhile; nothing is known about this one.
+	case ctx.Err() != nil:
+		// This process ends; nothing is known about the host.
 	default:
 		d.note(p.Host, Silent, "")
 		d.mu.Lock()
@@ -249,29 +378,99 @@ func (d *Daemon) try(ctx context.Context, p PeerAddress, found func()) {
 	}
 }
 
-// dial connects to a host's daemon, over its first address that answers.
-func (d *Daemon) dial(ctx context.Context, p PeerAddress) (*nbd.Client, error) {
+// errAllRefused: each address of a host refused the connection, so the host lives and no daemon listens.
+var errAllRefused = errors.New("connection refused")
+
+// Time that one address of a host gets: for the connection, and for the handshake, in which a new owner may wait for
+// Settle.
+const (
+	connectTime   = 400 * time.Millisecond
+	handshakeTime = time.Second
+)
+
+// dial connects to a host's daemon over its first address that answers. A refusal by NBD is an answer.
+func (d *Daemon) dial(ctx context.Context, p PeerAddress, addrs []string) (*ownerLink, error) {
+	err := fmt.Errorf("host %s has no address", p.Host)
+	refused := 0
+	for i, addr := range addrs {
+		dialer := net.Dialer{Timeout: connectTime}
+		var conn net.Conn
+		if conn, err = dialer.DialContext(ctx, "tcp", addr); err != nil {
+			if errors.Is(err, syscall.ECONNREFUSED) {
+				refused++
+			}
+			continue
+		}
+		var client *nbd.Client
+		if client, err = d.open(ctx, conn); err == nil {
+			return &ownerLink{client: client, owner: p.Host, addr: addr, fallback: i > 0}, nil
+		}
+		if errors.As(err, new(*nbd.Refusal)) {
+			return nil, err
+		}
+	}
+	if refused > 0 && refused == len(addrs) {
+		return nil, fmt.Errorf("%w by %s", errAllRefused, p.Host)
+	}
+	return nil, err
+}
+
+// open begins a session on conn.
+func (d *Daemon) open(ctx context.Context, conn net.Conn) (*nbd.Client, error) {
 	name := d.c.Host
 	if d.c.Monitor {
 		name += "~m"
 	}
-	err := fmt.Errorf("host %s has no address", p.Host)
-	for _, addr := range p.Addrs {
-		dialer := net.Dialer{Timeout: 400 * time.Millisecond}
-		var conn net.Conn
-		if conn, err = dialer.DialContext(ctx, "tcp", addr); err != nil {
-			continue
-		}
-		o := nbd.Options{Name: sessionName(d.c.Export, name, Session{d.c.Boot, sinceBoot()})}
-		if d.c.Identity != nil {
-			o.TLS = d.c.Identity.Client(poolcert.PoolName)
-		}
-		handshake, cancel := context.WithTimeout(ctx, time.Second)
-		client, err := nbd.Connect(handshake, conn, o)
-		cancel()
-		return client, err
+	o := nbd.Options{Name: sessionName(d.c.Export, name, Session{d.c.Boot, sinceBoot()})}
+	if d.c.Identity != nil {
+		o.TLS = d.c.Identity.Client(poolcert.PoolName)
 	}
-	return nil, err
+	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
+	defer cancel()
+	return nbd.Connect(ctx, conn, o)
+}
+
+// prefer moves a link that runs over a fallback address back to the storage network once that answers again.
+func (d *Daemon) prefer(ctx context.Context) {
+	l := d.front.current()
+	if l == nil || !l.fallback {
+		return
+	}
+	i := slices.IndexFunc(d.c.Peers, func(p PeerAddress) bool { return p.Host == l.owner })
+	if i < 0 || len(d.c.Peers[i].Addrs) == 0 {
+		return
+	}
+	addr := d.c.Peers[i].Addrs[0]
+	if !d.reachable(ctx, addr) {
+		return
+	}
+	dialer := net.Dialer{Timeout: connectTime}
+	conn, err := dialer.DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return
+	}
+	if d.front.move(l, func() (*ownerLink, error) {
+		client, err := d.open(ctx, conn)
+		return &ownerLink{client: client, owner: l.owner, addr: addr}, err
+	}) {
+		d.c.Log.Info("back on the storage network", "host", l.owner, "addr", addr)
+	}
+}
+
+// reachable says whether an NBD server answers at addr: a connection alone proves little, and requests wait during a move.
+func (d *Daemon) reachable(ctx context.Context, addr string) bool {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	conn, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return false
+	}
+	var secure *tls.Config
+	if d.c.Identity != nil {
+		secure = d.c.Identity.Client(poolcert.PoolName)
+	}
+	_, err = nbd.Names(ctx, conn, secure)
+	return err == nil
 }
 
 func (d *Daemon) note(host string, a Answer, successor string) {
@@ -297,24 +496,25 @@ func (d *Daemon) decide(ctx context.Context) {
 	}
 	d.view.Owner, d.view.Heard = owner, heard
 	step := DecideCandidate(now, d.c.Timing, d.view)
+	steers := d.c.Resource != nil && d.c.Open != nil
 	d.lastWhy = step.Why
 	d.passes++
 	d.mu.Unlock()
 	switch {
-	case step.Join != "" && d.c.Resource != nil:
+	case step.Join != "" && steers:
 		d.c.Log.Info("restore drbd link", "host", step.Join, "reason", step.Why)
 		d.steer(ctx, d.c.Resource.Join, step.Join)
 		d.mu.Lock()
 		delete(d.view.Cut, step.Join)
 		d.mu.Unlock()
-	case step.Cut != "" && d.c.Resource != nil:
+	case step.Cut != "" && steers:
 		d.c.Log.Warn("cut drbd link", "host", step.Cut, "reason", step.Why)
 		d.mu.Lock()
 		d.view.Cut[step.Cut] = now
 		d.mu.Unlock()
 		d.steer(ctx, d.c.Resource.Cut, step.Cut)
 	case step.Open:
-		d.open(ctx, step.Why)
+		d.own(ctx, step.Why)
 	}
 }
 
@@ -326,22 +526,31 @@ func (d *Daemon) steer(ctx context.Context, do func(context.Context, string) err
 	}
 }
 
-// open asks DRBD for the device. It blocks for as long as the open does, up to about 1.5 s; decide waits with it.
-func (d *Daemon) open(ctx context.Context, why string) {
+// own asks DRBD for the device. It blocks for as long as the open does, up to about 1.5 s; decide waits with it.
+func (d *Daemon) own(ctx context.Context, why string) {
 	d.c.Log.Info("open device", "reason", why)
 	dev, err := d.c.Open()
 	now := time.Now()
 	d.mu.Lock()
 	d.view.Opened, d.view.Held = now, errors.Is(err, ErrHeld)
+	known := d.openErr != nil && err != nil && d.openErr.Error() == err.Error()
+	d.openErr = err
 	if err != nil {
 		d.lastErr = err.Error()
 	}
 	d.mu.Unlock()
 	if err != nil {
-		d.c.Log.Info("device not opened", "err", err)
+		level := slog.LevelError // An operator has to act.
+		if errors.Is(err, ErrHeld) {
+			level = slog.LevelInfo
+		}
+		if known {
+			level = slog.LevelDebug
+		}
+		d.c.Log.Log(ctx, level, "device not opened", "err", err)
 		return
 	}
-	w, err := begin(dev, d.c.Timing, d.c.Host, d.c.Export, d.c.Statefile)
+	w, err := begin(dev, d.timing(), d.c.Host, d.c.Export, d.c.Statefile)
 	if err != nil {
 		dev.Close()
 		d.c.Log.Error("ownership not begun", "err", err)

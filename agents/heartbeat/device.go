@@ -160,10 +160,10 @@ func (d *blockDevice) Close() error { return d.f.Close() }
 
 // Record is what an owner leaves on the device, behind the statefile.
 type Record struct {
-	Owner   string // Host uuid, at most 64 bytes.
-	Epoch   uint64 // One more with each ownership.
-	Counter uint64 // One more with each probe.
-	Clean   bool   // Closed in order: nobody answers reads for this epoch any more.
+	Owner   string `json:"owner"`   // Host uuid, at most 64 bytes.
+	Epoch   uint64 `json:"epoch"`   // One more with each ownership.
+	Counter uint64 `json:"counter"` // One more with each probe.
+	Clean   bool   `json:"clean"`   // Closed in order: nobody answers reads for this epoch any more.
 }
 
 const (

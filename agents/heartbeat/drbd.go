@@ -17,17 +17,52 @@ import (
 type Resource interface {
 	// State is DRBD's own view of the resource on this host.
 	State(ctx context.Context) (ResourceState, error)
+	// Policy is what DRBD is set to do when quorum is lost, defaults included.
+	Policy(ctx context.Context) (Policy, error)
 	// Cut disconnects from a host by force. A graceful disconnect would make this host's disk Outdated.
 	Cut(ctx context.Context, host string) error
 	// Join undoes Cut.
 	Join(ctx context.Context, host string) error
 }
 
+// PeerDisk is what DRBD knows of a host's disk.
+type PeerDisk string
+
+// The disks that make a difference. Any other state is a disk, too.
+const (
+	DiskUpToDate PeerDisk = "UpToDate"
+	DiskDiskless PeerDisk = "Diskless"
+)
+
 // ResourceState is DRBD's view.
 type ResourceState struct {
-	Diskful bool            // This host's disk is UpToDate.
-	Primary string          // A connected host that is Primary, "" if none.
-	Peers   map[string]bool // Connected or not, whose disk is UpToDate.
+	Diskful bool                // This host's disk is UpToDate.
+	Disk    PeerDisk            // This host's disk.
+	Quorum  *bool               // This host's; nil if DRBD does not say.
+	Primary string              // A connected host that is Primary, "" if none.
+	Peers   map[string]PeerDisk // Connected or not.
+}
+
+// cutOff says that DRBD knows this host to be without the device's quorum.
+func (s *ResourceState) cutOff() bool { return s.Quorum != nil && !*s.Quorum }
+
+// Policy is what a resource is set to do when quorum is lost.
+type Policy struct {
+	Quorum     string `json:"quorum"`       // "off", "majority", "all" or a number; "" if DRBD does not say.
+	OnNoQuorum string `json:"on_no_quorum"` // "io-error" or "suspend-io"; "" if DRBD does not say.
+}
+
+// Barred says why a device must not be served, "" if it may: under suspend-io DRBD can report a suspended write as done and
+// then lose it (measured: 13 of 13). Without quorum nothing is ever suspended.
+func (p Policy) Barred() string {
+	if p.Quorum == "off" || p.OnNoQuorum == "io-error" {
+		return ""
+	}
+	is := p.OnNoQuorum
+	if is == "" {
+		is = "unknown, and drbd's own default is suspend-io"
+	}
+	return "on-no-quorum is " + is + ": drbd can report a suspended write as done and then lose it"
 }
 
 // DRBDResource drives drbdsetup.
@@ -51,7 +86,8 @@ func (r DRBDResource) run(ctx context.Context, args ...string) ([]byte, error) {
 type statusJSON struct {
 	Name    string `json:"name"`
 	Devices []struct {
-		Disk string `json:"disk-state"`
+		Disk   PeerDisk `json:"disk-state"`
+		Quorum *bool    `json:"quorum"`
 	} `json:"devices"`
 	Connections []struct {
 		Node  int    `json:"peer-node-id"`
@@ -59,7 +95,7 @@ type statusJSON struct {
 		State string `json:"connection-state"`
 		Role  string `json:"peer-role"`
 		Peers []struct {
-			Disk string `json:"peer-disk-state"`
+			Disk PeerDisk `json:"peer-disk-state"`
 		} `json:"peer_devices"`
 	} `json:"connections"`
 }
@@ -89,17 +125,52 @@ func (r DRBDResource) State(ctx context.Context) (ResourceState, error) {
 	if err != nil {
 		return ResourceState{}, err
 	}
-	s := ResourceState{Peers: map[string]bool{}}
+	s := ResourceState{Peers: map[string]PeerDisk{}}
 	for _, d := range st.Devices {
-		s.Diskful = d.Disk == "UpToDate"
+		s.Diskful, s.Disk, s.Quorum = d.Disk == DiskUpToDate, d.Disk, d.Quorum
 	}
 	for _, c := range st.Connections {
 		if c.State == "Connected" && c.Role == "Primary" {
 			s.Primary = c.Name
 		}
-		s.Peers[c.Name] = len(c.Peers) > 0 && c.Peers[0].Disk == "UpToDate"
+		s.Peers[c.Name] = ""
+		if len(c.Peers) > 0 {
+			s.Peers[c.Name] = c.Peers[0].Disk
+		}
 	}
 	return s, nil
+}
+
+// Policy asks drbdsetup show.
+func (r DRBDResource) Policy(ctx context.Context) (Policy, error) {
+	out, err := r.run(ctx, "show", r.Name, "--show-defaults", "--json")
+	if err != nil {
+		return Policy{}, err
+	}
+	return parsePolicy(out, r.Name)
+}
+
+func parsePolicy(out []byte, name string) (Policy, error) {
+	var all []struct {
+		Resource string `json:"resource"`
+		Options  struct {
+			Quorum     any    `json:"quorum"` // A word or a number.
+			OnNoQuorum string `json:"on-no-quorum"`
+		} `json:"options"`
+	}
+	if err := json.Unmarshal(out, &all); err != nil {
+		return Policy{}, fmt.Errorf("parse drbdsetup show: %w", err)
+	}
+	for _, r := range all {
+		if r.Resource == name {
+			p := Policy{OnNoQuorum: r.Options.OnNoQuorum}
+			if r.Options.Quorum != nil {
+				p.Quorum = fmt.Sprint(r.Options.Quorum)
+			}
+			return p, nil
+		}
+	}
+	return Policy{}, fmt.Errorf("drbd knows no resource %s", name)
 }
 
 func (r DRBDResource) peer(ctx context.Context, host, verb string, flags ...string) error {
@@ -128,17 +199,13 @@ func (r DRBDResource) Join(ctx context.Context, host string) error {
 
 // Res is what the shim needs of a resource's .res file, which LINSTOR leaves in /var/lib/linstor.d.
 type Res struct {
-	Hosts      map[string]string // Node name to the address of its replication link.
-	OnNoQuorum string            // on-no-quorum; "" if the file does not say.
-	Quorum     string
-	Minor      string
+	Hosts map[string]string // Node name to the address of its replication link.
 }
 
 var (
 	resHost    = regexp.MustCompile(`^host\s+"?([A-Za-z0-9._-]+)"?\s+address\s+(?:ipv[46]\s+)?\[?([0-9A-Fa-f.:]+?)\]?:\d+\s*;`)
 	resOn      = regexp.MustCompile(`^on\s+"?([A-Za-z0-9._-]+)"?`)
 	resAddress = regexp.MustCompile(`^address\s+(?:ipv[46]\s+)?\[?([0-9A-Fa-f.:]+?)\]?:\d+\s*;`)
-	resOption  = regexp.MustCompile(`^(on-no-quorum|quorum|device\s+minor)\s+"?([A-Za-z0-9-]+)"?\s*;`)
 )
 
 // ReadRes parses a .res file. It is an error if it names no host.
@@ -159,15 +226,6 @@ func ReadRes(r io.Reader) (Res, error) {
 			}
 		} else if m := resAddress.FindStringSubmatch(line); m != nil && on != "" && res.Hosts[on] == "" {
 			res.Hosts[on] = m[1]
-		} else if m := resOption.FindStringSubmatch(line); m != nil {
-			switch m[1] {
-			case "on-no-quorum":
-				res.OnNoQuorum = m[2]
-			case "quorum":
-				res.Quorum = m[2]
-			default:
-				res.Minor = m[2]
-			}
 		}
 	}
 	if err := lines.Err(); err != nil {
@@ -187,13 +245,4 @@ func (r Res) Names() []string {
 	}
 	slices.Sort(names)
 	return names
-}
-
-// Barred says why the device must not be served, "" if it may: under suspend-io DRBD can report a suspended write as done
-// and then lose it (measured: 13 of 13).
-func (r Res) Barred() string {
-	if r.OnNoQuorum != "" && r.OnNoQuorum != "io-error" {
-		return "on-no-quorum is " + r.OnNoQuorum + "; the statefile needs io-error: linstor resource-definition drbd-options --on-no-quorum io-error"
-	}
-	return ""
 }

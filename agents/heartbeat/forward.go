@@ -16,18 +16,20 @@ import (
 // forwarder is a host's front: it passes requests of local clients to the owner, holds them during an outage and tries
 // again. It is what Dialer finds that it talks to.
 type forwarder struct {
-	t     Timing
-	size  int64
-	slots bool          // The export has xhad's host slots, which have one writer each.
-	turn  chan struct{} // One request at a time; waiting senders are served in their order.
+	size     int64
+	slots    bool          // The export has xhad's host slots, which have one writer each.
+	turn     chan struct{} // One request at a time; waiting senders are served in their order.
+	attached time.Duration // The kernel's request time-out.
 
 	mu      sync.Mutex
+	t       Timing
 	f       *Front
 	link    *ownerLink
 	changed chan struct{} // Closed and replaced at each change of link.
 	stats   Stats
 	heard   time.Time
 	owner   string
+	since   time.Time // When owner first answered, not having been the owner before.
 	stopped bool
 }
 
@@ -45,17 +47,20 @@ func (w *forwarder) stop() {
 
 // ownerLink is a connection to an owner.
 type ownerLink struct {
-	client *nbd.Client
-	owner  string
+	client   *nbd.Client
+	owner    string
+	addr     string
+	fallback bool // Not over the storage network.
 }
 
 // Stats are a front's counters.
 type Stats struct {
-	Requests uint64
-	Failed   uint64
-	Outages  uint64
-	Longest  time.Duration                  // Longest time of a request that was served.
-	Buckets  [len(LatencyBounds) + 1]uint64 // By latency; the last is everything slower.
+	Requests      uint64                         `json:"requests"`
+	Failed        uint64                         `json:"failed"`
+	Outages       uint64                         `json:"outages"`           // The time before the first owner was found is none.
+	Longest       time.Duration                  `json:"longest_ns"`        // Longest time of a request that was served.
+	LongestOutage time.Duration                  `json:"longest_outage_ns"` // Of those that are over.
+	Buckets       [len(LatencyBounds) + 1]uint64 `json:"buckets"`           // By latency, up to LatencyBounds; the last is everything slower.
 }
 
 // LatencyBounds are the upper bounds of the latency histogram.
@@ -63,7 +68,7 @@ var LatencyBounds = [...]time.Duration{time.Millisecond, 5 * time.Millisecond, 2
 	2 * time.Second, 5 * time.Second, 10 * time.Second, 20 * time.Second}
 
 func newForwarder(t Timing, size int64, slots, takeover bool) *forwarder {
-	return &forwarder{t: t, size: size, slots: slots, turn: make(chan struct{}, 1), f: NewFront(time.Now(), t, takeover), changed: make(chan struct{})}
+	return &forwarder{t: t, attached: t.KernelTimeout(), size: size, slots: slots, turn: make(chan struct{}, 1), f: NewFront(time.Now(), t, takeover), changed: make(chan struct{})}
 }
 
 func (w *forwarder) announce() {
@@ -71,16 +76,75 @@ func (w *forwarder) announce() {
 	w.changed = make(chan struct{})
 }
 
-// attach gives the front a connection to an owner.
+// attach gives the front a connection to an owner, unless it has one.
 func (w *forwarder) attach(l *ownerLink) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.stopped {
+	if w.stopped || w.link != nil {
 		go l.client.Close()
 		return
 	}
 	w.link = l
 	w.announce()
+}
+
+func (w *forwarder) current() *ownerLink {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.link
+}
+
+// linked says whether there is a connection that has not ended.
+func (w *forwarder) linked() bool {
+	l := w.current()
+	if l == nil {
+		return false
+	}
+	select {
+	case <-l.client.Ended():
+		w.detach(l, time.Now())
+		return false
+	default:
+		return true
+	}
+}
+
+// dropFallback gives up a connection that does not run over the storage network.
+func (w *forwarder) dropFallback(now time.Time) {
+	if l := w.current(); l != nil && l.fallback {
+		w.detach(l, now)
+	}
+}
+
+// move replaces a connection by another one to the same owner. No request is under way meanwhile, so that none is lost with
+// its session; requests wait for the handshake.
+func (w *forwarder) move(from *ownerLink, connect func() (*ownerLink, error)) bool {
+	w.turn <- struct{}{}
+	defer func() { <-w.turn }()
+	to, err := connect()
+	if err != nil {
+		return false
+	}
+	w.mu.Lock()
+	if w.stopped || w.link != from {
+		w.mu.Unlock()
+		to.client.Close()
+		return false
+	}
+	w.link = to
+	w.announce()
+	w.mu.Unlock()
+	from.client.Close()
+	return true
+}
+
+// setTiming changes the budget. The kernel's time-out was fixed when its device was attached: a longer hold than that
+// would make it give the socket up.
+func (w *forwarder) setTiming(t Timing) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	t.Hold = min(t.Hold, w.attached-2*time.Second)
+	w.t, w.f.t = t, t
 }
 
 // detach takes a connection away that failed; since is when it began to owe an answer.
@@ -106,24 +170,31 @@ func (w *forwarder) beginOutage(since time.Time) {
 func (w *forwarder) answered(l *ownerLink, now time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.heard, w.owner = now, l.owner
+	if began, out := w.f.Outage(); out && !w.heard.IsZero() {
+		w.stats.LongestOutage = max(w.stats.LongestOutage, now.Sub(began))
+	}
+	if w.owner != l.owner || w.since.IsZero() {
+		w.owner, w.since = l.owner, now
+	}
+	w.heard = now
 	w.f.Answered()
 }
 
 // wait returns a connection, or nil when the request has to fail.
-func (w *forwarder) wait(arrived time.Time) (*ownerLink, time.Time) {
+func (w *forwarder) wait(arrived time.Time) (l *ownerLink, until time.Time, attempt time.Duration) {
 	for {
 		now := time.Now()
 		w.mu.Lock()
 		l, changed := w.link, w.changed
 		until, ok := w.f.Until(now, arrived)
 		ok = ok && !w.stopped
+		attempt = w.t.Attempt
 		w.mu.Unlock()
 		if !ok {
-			return nil, until
+			return nil, until, attempt
 		}
 		if l != nil {
-			return l, until
+			return l, until, attempt
 		}
 		timer := time.NewTimer(until.Sub(now))
 		select {
@@ -159,11 +230,11 @@ func (w *forwarder) request(alive func() bool, write bool, off, n int64, do verb
 
 func (w *forwarder) attempts(arrived time.Time, once bool, do verb) error {
 	for {
-		l, until := w.wait(arrived)
+		l, until, attempt := w.wait(arrived)
 		if l == nil {
 			return nbd.EIO
 		}
-		err := do(l.client, min(w.t.Attempt, time.Until(until)))
+		err := do(l.client, min(attempt, time.Until(until)))
 		var wire nbd.Error
 		isWire := errors.As(err, &wire)
 		switch {
@@ -206,13 +277,13 @@ func (w *forwarder) ping(buf []byte) {
 		return
 	}
 	w.mu.Lock()
-	l := w.link
+	l, attempt := w.link, w.t.Attempt
 	w.mu.Unlock()
 	if l == nil {
 		return
 	}
 	asked := time.Now()
-	if err := l.client.Read(buf, 0, w.t.Attempt); err != nil {
+	if err := l.client.Read(buf, 0, attempt); err != nil {
 		w.detach(l, asked)
 		return
 	}

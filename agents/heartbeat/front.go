@@ -12,19 +12,23 @@ import (
 // it feeds its watchdog again.
 type Front struct {
 	t      Timing
-	outage time.Time // Zero: there is none.
-	shared time.Time // From when on shared writes are taken.
+	outage time.Time     // Zero: there is none.
+	kernel time.Duration // The request time-out with which the kernel's device was attached.
+	shared time.Time     // From when on shared writes are taken.
 }
 
 // NewFront starts in an outage that began at now: no owner has answered yet. takeover says that the kernel's device was
 // there before: then the kernel may send a write again that the process before had passed on.
 func NewFront(now time.Time, t Timing, takeover bool) *Front {
-	f := &Front{t: t, outage: now}
+	f := &Front{t: t, kernel: t.KernelTimeout(), outage: now}
 	if takeover {
-		f.shared = now.Add(t.KernelTimeout() + time.Second)
+		f.Repeating(now)
 	}
 	return f
 }
+
+// Repeating reports that the kernel lost a socket by now and may send a write again that was in flight there.
+func (f *Front) Repeating(now time.Time) { f.shared = now.Add(f.kernel + time.Second) }
 
 // Repeatable says whether a write may be done twice: only if nobody else writes there. That is so for one host slot of the
 // statefile. A write to the global section whose outcome is unknown must fail instead: done again after another host's

@@ -358,13 +358,9 @@ resource "xcp-persistent-ha-statefile"
 
 func TestReadRes(t *testing.T) {
 	r, err := ReadRes(strings.NewReader(resText))
-	want := Res{Hosts: map[string]string{"xcp-1": "10.9.0.1", "xcp-2": "fd00::2"}, OnNoQuorum: "io-error", Quorum: "majority", Minor: "1003"}
-	if d := cmp.Diff(want, r); err != nil || d != "" || r.Barred() != "" {
+	want := Res{Hosts: map[string]string{"xcp-1": "10.9.0.1", "xcp-2": "fd00::2"}}
+	if d := cmp.Diff(want, r); err != nil || d != "" {
 		t.Errorf("%v %s", err, d)
-	}
-	r, _ = ReadRes(strings.NewReader(strings.Replace(resText, "io-error", "suspend-io", 1)))
-	if !strings.Contains(r.Barred(), "io-error") {
-		t.Error("suspend-io is served")
 	}
 	if _, err := ReadRes(strings.NewReader("resource x {}")); err == nil {
 		t.Error("a file without hosts was accepted")
@@ -390,7 +386,8 @@ func TestDRBDCommands(t *testing.T) {
 		return []byte(status), nil
 	}}
 	st, err := r.State(t.Context())
-	if d := cmp.Diff(ResourceState{Diskful: true, Primary: "n2", Peers: map[string]bool{"n2": true, "n3": false}}, st); err != nil || d != "" {
+	yes := true
+	if d := cmp.Diff(ResourceState{Diskful: true, Disk: DiskUpToDate, Quorum: &yes, Primary: "n2", Peers: map[string]PeerDisk{"n2": DiskUpToDate, "n3": "DUnknown"}}, st); err != nil || d != "" {
 		t.Errorf("%v %s", err, d)
 	}
 	if err := errors.Join(r.Cut(t.Context(), "n2"), r.Join(t.Context(), "n2")); err != nil {

@@ -26,7 +26,7 @@ type ownership struct {
 	change *sync.Cond // Something that a waiting request waits for.
 	o      *Owner
 	conns  map[net.Conn]struct{}
-	hosts  map[string]time.Time // Last write by host.
+	hosts  map[string]HostWrites
 	why    error
 
 	probing sync.Mutex // One probe at a time.
@@ -37,10 +37,17 @@ type ownership struct {
 	ended   chan struct{}
 }
 
+// HostWrites is what an owner saw of a host's writes.
+type HostWrites struct {
+	Last       time.Time     `json:"last"`
+	LongestGap time.Duration `json:"longest_gap_ns"` // Between the starts of two writes to this owner.
+	Writes     uint64        `json:"writes"`
+}
+
 // begin takes a freshly opened device into ownership by host self.
 func begin(dev Device, t Timing, self, export string, statefileKind bool) (*ownership, error) {
 	opened := time.Now()
-	w := &ownership{export: export, dev: dev, size: dev.Size(), t: t, conns: map[net.Conn]struct{}{}, hosts: map[string]time.Time{},
+	w := &ownership{export: export, dev: dev, size: dev.Size(), t: t, conns: map[net.Conn]struct{}{}, hosts: map[string]HostWrites{},
 		page: nbd.AlignedBuffer(4096), ended: make(chan struct{})}
 	w.change = sync.NewCond(&w.mu)
 	w.hasRoom = statefileKind && w.size >= recordOffset+4096
@@ -129,7 +136,12 @@ func (w *ownership) finish(r *Request, start time.Time, err error) error {
 	if r.Write {
 		w.o.Wrote(start)
 		if r.Host != "" {
-			w.hosts[r.Host] = start
+			h := w.hosts[r.Host]
+			if h.Writes > 0 {
+				h.LongestGap = max(h.LongestGap, start.Sub(h.Last))
+			}
+			h.Last, h.Writes = start, h.Writes+1
+			w.hosts[r.Host] = h
 		}
 	}
 	return nil

@@ -17,16 +17,16 @@ import (
 
 // Timing is every duration that the shim uses. They follow from xhad's time-outs.
 type Timing struct {
-	Attempt time.Duration // One request at one owner, before its connection is given up.
-	Ping    time.Duration // Between pings of an idle connection to the owner.
-	Suspect time.Duration // Silence of the owner that founds a suspicion.
-	Rank    time.Duration // A candidate's delay per rank.
-	Reopen  time.Duration // Between two opens of one candidate.
-	Hold    time.Duration // What an outage may take before requests fail, from its start.
-	Evict   time.Duration // Silence of an owner whose kernel answers, before the own link to it is cut.
-	Lease   time.Duration // How long a completed replicated write vouches for reads, from its start.
-	Settle  time.Duration // What a new owner waits after an unclean end of the one before; more than Lease.
-	Probe   time.Duration // Between an idle owner's probe writes.
+	Attempt time.Duration `json:"attempt_ns"` // One request at one owner, before its connection is given up.
+	Ping    time.Duration `json:"ping_ns"`    // Between pings of an idle connection to the owner.
+	Suspect time.Duration `json:"suspect_ns"` // Silence of the owner that founds a suspicion.
+	Rank    time.Duration `json:"rank_ns"`    // A candidate's delay per rank.
+	Reopen  time.Duration `json:"reopen_ns"`  // Between two opens of one candidate.
+	Hold    time.Duration `json:"hold_ns"`    // What an outage may take before requests fail, from its start.
+	Evict   time.Duration `json:"evict_ns"`   // Silence of an owner whose kernel answers, before the own link to it is cut.
+	Lease   time.Duration `json:"lease_ns"`   // How long a completed replicated write vouches for reads, from its start.
+	Settle  time.Duration `json:"settle_ns"`  // What a new owner waits after an unclean end of the one before; more than Lease.
+	Probe   time.Duration `json:"probe_ns"`   // Between an idle owner's probe writes.
 }
 
 // KernelTimeout is the kernel's request time-out for nbd: more than Hold, or it would end the socket that is being held.

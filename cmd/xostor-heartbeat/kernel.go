@@ -154,30 +154,3 @@ func (k *kernelNBD) attach(g *group, d *heartbeat.Daemon, c heartbeat.Config) er
 	}
 	return nil
 }
-
-// otherHolder names a program of another make that has the device open on this host: DRBD would let both in.
-func otherHolder(disk string) error {
-	var want unix.Stat_t
-	if err := unix.Stat(disk, &want); err != nil {
-		return fmt.Errorf("find device: %w", err)
-	}
-	if want.Mode&unix.S_IFMT != unix.S_IFBLK {
-		return nil
-	}
-	lists, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, list := range lists {
-		pid := filepath.Base(filepath.Dir(list))
-		cmd, err := os.ReadFile(list)
-		if err != nil || pid == strconv.Itoa(os.Getpid()) || !strings.Contains(string(cmd), "http-disk-server") && !strings.Contains(string(cmd), "http_disk_server") {
-			continue
-		}
-		fds, _ := filepath.Glob("/proc/" + pid + "/fd/*")
-		for _, fd := range fds {
-			var st unix.Stat_t
-			if unix.Stat(fd, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && st.Rdev == want.Rdev {
-				return fmt.Errorf("process %s (%s) holds %s: stop it first", pid, strings.ReplaceAll(strings.Trim(string(cmd), "\x00"), "\x00", " "), disk)
-			}
-		}
-	}
-	return nil
-}

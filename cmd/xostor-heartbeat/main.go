@@ -24,7 +24,7 @@ const usage = `xostor-heartbeat: the HA statefile for every host of an XOSTOR po
   xostor-heartbeat run --resource NAME     front and owner in one process; needs no LINSTOR controller
   xostor-heartbeat status [--json]         owner, latencies, how close to the time-outs, last writes
   xostor-heartbeat handover [HOST]         give the ownership to HOST, or to anyone, before maintenance
-  xostor-heartbeat dump FILE|DEVICE        decode and explain a statefile
+  xostor-heartbeat dump [FILE|DEVICE]      decode and explain the statefile (of this host's daemon, or in a file)
   xostor-heartbeat version
 
 Under the names that XCP-ng's SM starts (as argv[0] or first argument):

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -15,9 +16,9 @@ import (
 
 // The options are those that SM passes (LinstorSR.py, _start_persistent_http_server and _start_persistent_nbd_server).
 func TestOptionsOfSM(t *testing.T) {
-	peers, port, err := fromURLs("http://10.0.0.1:8076,http://10.0.0.2:8076")
-	if err != nil || peers != "10.0.0.1:8076=10.0.0.1:8076,10.0.0.2:8076=10.0.0.2:8076" || port != 8076 {
-		t.Errorf("%q %d %v", peers, port, err)
+	urls, port, err := fromURLs("http://10.0.0.1:8076,http://[fd00::2]:8076")
+	if err != nil || !slices.Equal(urls, []string{"10.0.0.1:8076", "[fd00::2]:8076"}) || port != 8076 {
+		t.Errorf("%q %d %v", urls, port, err)
 	}
 	if _, _, err := fromURLs("10.0.0.1"); !errors.Is(err, errUsage) {
 		t.Errorf("no URL: %v", err)
@@ -61,8 +62,30 @@ func TestBadXhadConf(t *testing.T) {
 	}
 	s := settings{conf: path}
 	want, _ := heartbeat.DeriveTiming(statefile.Derive(60 * time.Second))
-	if got, _ := s.times(newLog(false)); got != want {
-		t.Errorf("broken file: %+v", got)
+	got, x := s.times()
+	if got != want || len(x.Findings) != 1 || x.Findings[0].Code != "heartbeat-conf-broken" || !strings.Contains(x.Findings[0].Text, "parse xhad.conf") {
+		t.Errorf("broken file: %+v %+v", got, x)
+	}
+	s.conf += ".none"
+	if got, x := s.times(); got != want || len(x.Findings) != 0 || !strings.Contains(x.Source, "HA is not enabled") {
+		t.Errorf("no file: %+v %+v", got, x)
+	}
+	text := "<xhad-config version=\"1.0\"><common-config><host><HostID>" + strings.Repeat("a", 32) + "</HostID><IPaddress>10.1.1.1</IPaddress></host><parameters>" +
+		"<StateFileTimeout>10</StateFileTimeout><StateFileInterval>2</StateFileInterval></parameters></common-config><local-config><localhost><HostID>" +
+		strings.Repeat("a", 32) + "</HostID></localhost></local-config></xhad-config>"
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.conf, s.port, s.urls, s.host = path, 8076, []string{"10.1.1.2:8076"}, "x1"
+	if _, x := s.times(); len(x.Findings) != 1 || x.Findings[0].Code != "heartbeat-timeout-short" || !strings.Contains(x.Findings[0].Text, "4s") {
+		t.Errorf("T=10: %+v", x)
+	}
+	if got := s.fallback(); !slices.Equal(got, []string{"10.1.1.2:8076", "10.1.1.1:8076"}) {
+		t.Errorf("fallback addresses %q", got)
+	}
+	peers := []heartbeat.PeerAddress{{Host: "x1", Addrs: []string{"10.9.0.1:8076"}}}
+	if got := s.listenAddrs(heartbeat.Config{Peers: peers}); !slices.Equal(got, []string{"10.9.0.1:8076", "10.1.1.1:8076"}) {
+		t.Errorf("listens on %q, want storage and management network", got)
 	}
 }
 
@@ -75,12 +98,12 @@ func TestDumpAndUsage(t *testing.T) {
 	if err := dump([]string{path}, &out); err != nil || !strings.Contains(out.String(), "never initialised") {
 		t.Errorf("%v %s", err, &out)
 	}
-	for _, argv := range [][]string{{"xostor-heartbeat"}, {"xostor-heartbeat", "fly"}, {"xostor-heartbeat", "dump"}, {"xostor-heartbeat", "run", "--no-such"}} {
+	for _, argv := range [][]string{{"xostor-heartbeat"}, {"xostor-heartbeat", "fly"}, {"xostor-heartbeat", "run", "--no-such"}} {
 		if err := dispatch(t.Context(), argv); !errors.Is(err, errUsage) {
 			t.Errorf("%v: %v", argv, err)
 		}
 	}
-	if err := dispatch(t.Context(), []string{"xostor-heartbeat", "status", "--run-dir", t.TempDir()}); err == nil || !strings.Contains(err.Error(), "no daemon") {
+	if err := dispatch(t.Context(), []string{"xostor-heartbeat", "status", "--run-dir", t.TempDir()}); err == nil || !errors.Is(err, heartbeat.ErrNoDaemon) {
 		t.Errorf("status without a daemon: %v", err)
 	}
 }

@@ -3,15 +3,16 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -34,6 +35,9 @@ type settings struct {
 	kernel                                          string // Name of the nbd device, "" for none, "auto" for a free one.
 	insecure, verbose                               bool
 	owner, front                                    bool
+	urls                                            []string // Management addresses as host:port, of hosts that SM does not name.
+	ip                                              string   // This host's management address.
+	hasRes                                          bool
 }
 
 func (s *settings) flags(name string) *flag.FlagSet {
@@ -43,9 +47,9 @@ func (s *settings) flags(name string) *flag.FlagSet {
 	f.StringVar(&s.secret, "secret", heartbeat.SecretPath, "file with the pool secret")
 	f.StringVar(&s.conf, "xhad-conf", statefile.ConfPath, "xhad's configuration, for its time-outs")
 	f.StringVar(&s.res, "res", "", "DRBD resource file (default /var/lib/linstor.d/RESOURCE.res)")
-	f.StringVar(&s.runDir, "run-dir", "/run/xostor-heartbeat", "folder for control sockets and locks")
-	f.StringVar(&s.peers, "peers", "", "hosts as NAME=ADDRESS[:PORT],... instead of the resource file")
-	f.StringVar(&s.listen, "listen", "", "addresses to serve other hosts on, comma separated (default: this host's in the resource file)")
+	f.StringVar(&s.runDir, "run-dir", heartbeat.RunDir, "folder for control sockets and locks")
+	f.StringVar(&s.peers, "peers", "", "hosts as NAME=ADDRESS[:PORT],... instead of the resource file; a name may come again with an address to fall back to")
+	f.StringVar(&s.listen, "listen", "", "addresses to serve other hosts on, comma separated (default: this host's in the resource file, and in xhad.conf)")
 	f.BoolVar(&s.insecure, "insecure", false, "serve in clear; for labs only")
 	f.BoolVar(&s.verbose, "v", false, "log more")
 	return f
@@ -80,15 +84,11 @@ func runBoth(ctx context.Context, args []string) error {
 func runDiskServer(ctx context.Context, args []string) error {
 	s := settings{owner: true}
 	f := s.flags("http-disk-server")
-	var ip string
 	f.StringVar(&s.disk, "disk", "", "device")
-	f.StringVar(&ip, "ip", "", "management address")
+	f.StringVar(&s.ip, "ip", "", "management address")
 	f.IntVar(&s.port, "port", 8076, "TCP port")
 	if err := parse(f, args); err != nil {
 		return err
-	}
-	if s.listen == "" {
-		s.listen = ip
 	}
 	return s.run(ctx)
 }
@@ -106,30 +106,29 @@ func runNBDServer(ctx context.Context, args []string) error {
 	if err := parse(f, args); err != nil {
 		return err
 	}
-	if s.peers == "" {
-		list, port, err := fromURLs(urls)
-		if err != nil {
-			return err
-		}
-		s.peers, s.port = list, port
+	var err error
+	if s.urls, s.port, err = fromURLs(urls); err != nil {
+		return err
 	}
 	return s.run(ctx)
 }
 
-// fromURLs turns SM's list into peers. Their names are their addresses: SM gives no others.
-func fromURLs(urls string) (peers string, port int, err error) {
-	var list []string
+// fromURLs takes the addresses out of SM's list.
+func fromURLs(urls string) (addrs []string, port int, err error) {
 	for _, raw := range strings.Split(urls, ",") {
 		u, err := url.Parse(strings.TrimSpace(raw))
 		if err != nil || u.Host == "" {
-			return "", 0, fmt.Errorf("%w: --urls: %q is no URL", errUsage, raw)
+			return nil, 0, fmt.Errorf("%w: --urls: %q is no URL", errUsage, raw)
 		}
-		list = append(list, u.Host+"="+u.Host)
-		if n, err := strconv.Atoi(u.Port()); err == nil {
-			port = n
+		if u.Port() == "" {
+			u.Host = net.JoinHostPort(u.Hostname(), "8076")
+		}
+		addrs = append(addrs, u.Host)
+		if port, err = strconv.Atoi(u.Port()); err != nil {
+			return nil, 0, fmt.Errorf("%w: --urls: %q has no port", errUsage, raw)
 		}
 	}
-	return strings.Join(list, ","), port, nil
+	return addrs, port, nil
 }
 
 // complete fills in what follows from the rest.
@@ -148,21 +147,28 @@ func (s *settings) complete() (heartbeat.Res, error) {
 	}
 	f, err := os.Open(s.res)
 	if err != nil {
-		if s.peers != "" {
+		if s.peers != "" || len(s.urls) > 0 {
 			return heartbeat.Res{}, nil // SM or the administrator named the hosts.
 		}
 		return heartbeat.Res{}, fmt.Errorf("open resource file: %w (or name the hosts with --peers)", err)
 	}
 	defer f.Close()
+	s.hasRes = true
 	return heartbeat.ReadRes(f)
 }
 
-// addresses joins what the resource file and --peers say: storage network first.
+// addresses are where the hosts are: those of the resource file are the storage network's. SM's have no names but
+// themselves; they are taken only without a resource file, and serve as the fallback otherwise.
 func (s *settings) addresses(res heartbeat.Res) ([]heartbeat.PeerAddress, error) {
 	var out []heartbeat.PeerAddress
 	if s.peers == "" {
 		for _, name := range res.Names() {
 			out = append(out, heartbeat.PeerAddress{Host: name, Addrs: []string{net.JoinHostPort(res.Hosts[name], strconv.Itoa(s.port))}})
+		}
+		if len(out) == 0 {
+			for _, addr := range s.urls {
+				out = append(out, heartbeat.PeerAddress{Host: addr, Addrs: []string{addr}})
+			}
 		}
 		return out, nil
 	}
@@ -174,30 +180,84 @@ func (s *settings) addresses(res heartbeat.Res) ([]heartbeat.PeerAddress, error)
 		if _, _, err := net.SplitHostPort(addr); err != nil {
 			addr = net.JoinHostPort(strings.Trim(addr, "[]"), strconv.Itoa(s.port))
 		}
+		if i := slices.IndexFunc(out, func(p heartbeat.PeerAddress) bool { return p.Host == name }); i >= 0 {
+			out[i].Addrs = append(out[i].Addrs, addr)
+			continue
+		}
 		out = append(out, heartbeat.PeerAddress{Host: name, Addrs: []string{addr}})
 	}
 	return out, nil
 }
 
-// times reads xhad's time-outs. A missing or broken file costs the fitting times, not the service.
-func (s *settings) times(log *slog.Logger) (heartbeat.Timing, []agents.Finding) {
-	x := statefile.Derive(60 * time.Second)
+// readConf reads xhad's configuration.
+func (s *settings) readConf() (statefile.Conf, error) {
 	f, err := os.Open(s.conf)
-	if err == nil {
-		defer f.Close()
-		var c statefile.Conf
-		if c, err = statefile.ReadConf(f); err == nil {
-			x = c.Timeouts
+	if err != nil {
+		return statefile.Conf{}, fmt.Errorf("open xhad.conf: %w", err)
+	}
+	defer f.Close()
+	return statefile.ReadConf(f)
+}
+
+// fallback are management addresses: SM's, and those in xhad.conf, which may come or change later.
+func (s *settings) fallback() []string {
+	out := slices.Clone(s.urls)
+	c, err := s.readConf()
+	if err != nil {
+		return out // times says so.
+	}
+	for _, h := range c.Hosts {
+		if addr := net.JoinHostPort(h.Address, strconv.Itoa(s.port)); h.Address != "" && !slices.Contains(out, addr) {
+			out = append(out, addr)
 		}
 	}
-	if err != nil {
-		log.Warn("xhad's configuration is unreadable, times of T=60 are used", "err", err)
+	return out
+}
+
+// times reads xhad's time-outs. A missing or broken file costs the fitting times, not the service.
+func (s *settings) times() (heartbeat.Timing, heartbeat.Xhad) {
+	x := heartbeat.Xhad{Timeouts: statefile.Derive(60 * time.Second), Source: s.conf}
+	c, err := s.readConf()
+	switch {
+	case err == nil:
+		x.Timeouts = c.Timeouts
+	case errors.Is(err, os.ErrNotExist):
+		x.Source = "XAPI's default for T=60; there is no " + s.conf + ": HA is not enabled"
+	default:
+		x.Source = "XAPI's default for T=60; " + s.conf + " is unreadable"
+		x.Findings = []agents.Finding{{Code: "heartbeat-conf-broken", Subject: s.conf, Severity: agents.Warning,
+			Text: err.Error() + "; the times of T=60 are used", Fix: "disable HA and enable it again: XAPI writes the file anew"}}
 	}
-	t, findings := heartbeat.DeriveTiming(x)
+	t, findings := heartbeat.DeriveTiming(x.Timeouts)
+	x.Findings = append(x.Findings, findings...)
+	return t, x
+}
+
+// followConf takes changes of xhad's configuration into use: XAPI may write it after it has attached the statefile.
+func (s *settings) followConf(ctx context.Context, d *heartbeat.Daemon, x heartbeat.Xhad, log *slog.Logger) {
+	tick := time.NewTicker(5 * time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		t, now := s.times()
+		if now.Timeouts == x.Timeouts && now.Source == x.Source && len(now.Findings) == len(x.Findings) {
+			continue
+		}
+		log.Info("take xhad's configuration", "source", now.Source, "statefile_timeout", now.StateFileTimeout, "hold", t.Hold)
+		logFindings(log, now.Findings)
+		d.SetTiming(t, now)
+		x = now
+	}
+}
+
+func logFindings(log *slog.Logger, findings []agents.Finding) {
 	for _, f := range findings {
 		log.Warn("finding", "code", f.Code, "text", f.Text, "fix", f.Fix)
 	}
-	return t, findings
 }
 
 // name tells the processes of one export apart in the run folder.
@@ -227,14 +287,18 @@ func (s *settings) run(ctx context.Context) error {
 		return err
 	}
 	defer unlock()
-	timing, findings := s.times(log)
+	timing, xhad := s.times()
+	logFindings(log, xhad.Findings)
 	c := heartbeat.Config{Host: s.host, Boot: bootID(), Export: s.resource, Statefile: !strings.Contains(s.resource, "redo"), Peers: peers,
-		Timing: timing, Barred: res.Barred(), Size: s.size, Monitor: s.owner && !s.front, Log: log}
+		Timing: timing, Xhad: xhad, Fallback: s.fallback, Size: s.size, Monitor: s.owner && !s.front, Log: log}
 	if !s.insecure {
 		if c.Identity, err = heartbeat.LoadIdentity(s.host, s.secret); err != nil {
 			return err
 		}
 		go s.follow(ctx, c.Identity, log)
+	}
+	if strings.HasPrefix(s.disk, "/dev/drbd") && s.owner || s.hasRes {
+		c.Resource = heartbeat.DRBDResource{Name: s.resource}
 	}
 	if s.owner {
 		least := int64(statefile.Size)
@@ -244,12 +308,9 @@ func (s *settings) run(ctx context.Context) error {
 			}
 			return heartbeat.OpenDevice(s.disk, least)
 		}
-		if strings.HasPrefix(s.disk, "/dev/drbd") {
-			c.Resource = heartbeat.DRBDResource{Name: s.resource}
-		}
 	}
 	lockMemory(log)
-	return s.serve(ctx, c, findings, log)
+	return s.serve(ctx, c, log)
 }
 
 // follow takes a rotated pool secret into use.
@@ -269,7 +330,7 @@ func (s *settings) follow(ctx context.Context, id *heartbeat.Identity, log *slog
 }
 
 // serve opens all sockets, says that it is ready, and runs until ctx ends.
-func (s *settings) serve(ctx context.Context, c heartbeat.Config, findings []agents.Finding, log *slog.Logger) error {
+func (s *settings) serve(ctx context.Context, c heartbeat.Config, log *slog.Logger) error {
 	k, err := s.kernelDevice(c)
 	if err != nil {
 		return err
@@ -301,7 +362,7 @@ func (s *settings) serve(ctx context.Context, c heartbeat.Config, findings []age
 	if err != nil {
 		return err
 	}
-	servers.add(func(ctx context.Context) error { return serveControl(ctx, control, d, findings) })
+	servers.add(func(ctx context.Context) error { return serveControl(ctx, control, d) })
 	if k != nil {
 		if err := k.attach(&servers, d, c); err != nil {
 			return err
@@ -313,42 +374,71 @@ func (s *settings) serve(ctx context.Context, c heartbeat.Config, findings []age
 	}
 	log.Info("started", "host", s.host, "resource", s.resource)
 	servers.add(func(ctx context.Context) error { return feedWatchdog(ctx, d) })
+	servers.add(func(ctx context.Context) error { s.followConf(ctx, d, c.Xhad, log); return nil })
 	// The hand-over comes before the listeners close: successors ask this host whether it has left.
 	return servers.run(ctx, d.Run)
 }
 
+// listenAddrs are this host's addresses on the storage network and on the management network. What is not known yet is
+// left out: a host is reached over the other one meanwhile.
 func (s *settings) listenAddrs(c heartbeat.Config) []string {
 	var out []string
-	if s.listen != "" {
-		for _, a := range strings.Split(s.listen, ",") {
+	add := func(addrs ...string) {
+		for _, a := range addrs {
 			if _, _, err := net.SplitHostPort(a); err != nil {
 				a = net.JoinHostPort(strings.Trim(a, "[]"), strconv.Itoa(s.port))
 			}
-			out = append(out, a)
+			if !slices.Contains(out, a) {
+				out = append(out, a)
+			}
 		}
 	}
+	if s.listen != "" {
+		add(strings.Split(s.listen, ",")...)
+		return out
+	}
 	for _, p := range c.Peers {
-		if p.Host == s.host && len(out) == 0 {
-			out = append(out, p.Addrs...)
+		if p.Host == s.host {
+			add(p.Addrs...)
+		}
+	}
+	if s.ip != "" {
+		add(s.ip)
+	} else if conf, err := s.readConf(); err == nil && s.peers == "" {
+		if i := conf.Index(conf.Self); i >= 0 && conf.Hosts[i].Address != "" {
+			add(conf.Hosts[i].Address)
 		}
 	}
 	return out
 }
 
-// lock refuses a second daemon for the same export on this host.
-func (s *settings) lock() (func(), error) {
+// lock refuses a second daemon for the same part of the same export on this host. "run" has both parts.
+func (s *settings) lock() (unlock func(), err error) {
 	if err := os.MkdirAll(s.runDir, 0o700); err != nil {
 		return nil, fmt.Errorf("make run folder: %w", err)
 	}
-	f, err := os.OpenFile(filepath.Join(s.runDir, s.name()+".lock"), os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("open lock: %w", err)
+	var held []*os.File
+	unlock = func() {
+		for _, f := range held {
+			f.Close()
+		}
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("another xostor-heartbeat serves %s on this host", s.name())
+	for part, wanted := range map[string]bool{"owner": s.owner, "front": s.front} {
+		if !wanted {
+			continue
+		}
+		f, err := os.OpenFile(filepath.Join(s.runDir, s.resource+"."+part+".lock"), os.O_RDWR|os.O_CREATE, 0o600)
+		if err != nil {
+			unlock()
+			return nil, fmt.Errorf("open lock: %w", err)
+		}
+		held = append(held, f)
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			unlock()
+			return nil, fmt.Errorf("another xostor-heartbeat serves %s on this host as %s: \"xostor-heartbeat status\" shows it", s.resource, part)
+		}
 	}
-	return func() { f.Close() }, nil
+	return unlock, nil
 }
 
 func (s *settings) control() (net.Listener, error) {
@@ -361,8 +451,8 @@ func (s *settings) control() (net.Listener, error) {
 	return l, os.Chmod(path, 0o600)
 }
 
-// serveControl answers one line per connection: "status" or "handover [HOST]".
-func serveControl(ctx context.Context, l net.Listener, d *heartbeat.Daemon, findings []agents.Finding) error {
+// serveControl answers one line per connection.
+func serveControl(ctx context.Context, l net.Listener, d *heartbeat.Daemon) error {
 	defer context.AfterFunc(ctx, func() { l.Close() })()
 	for {
 		conn, err := l.Accept()
@@ -375,14 +465,8 @@ func serveControl(ctx context.Context, l net.Listener, d *heartbeat.Daemon, find
 		go func() {
 			defer conn.Close()
 			_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
-			line, _ := bufio.NewReader(conn).ReadString('\n')
-			verb, arg, _ := strings.Cut(strings.TrimSpace(line), " ")
-			if verb == "handover" {
-				d.HandOver(arg)
-			}
-			r := d.Report()
-			r.Findings = append(r.Findings, findings...)
-			_ = json.NewEncoder(conn).Encode(r) // The client sees a broken answer by itself.
+			line, _ := bufio.NewReader(io.LimitReader(conn, 256)).ReadString('\n')
+			_ = d.Control(line, conn) // The client sees a broken answer by itself.
 		}()
 	}
 }

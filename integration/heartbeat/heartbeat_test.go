@@ -290,7 +290,7 @@ func TestOwnersDeath(t *testing.T) {
 		t.Errorf("dump: %v\n%s", err, out)
 	}
 	out, err = exec.Command(build(t), "status", "--run-dir", p.owner(third).runDir).CombinedOutput()
-	if err != nil || !strings.Contains(string(out), "wrote") || !strings.Contains(string(out), "this host owns the device") {
+	if err != nil || !strings.Contains(string(out), "wrote") || !strings.Contains(string(out), "owner     this host, since") {
 		t.Errorf("status: %v\n%s", err, out)
 	}
 }

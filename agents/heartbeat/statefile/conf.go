@@ -14,12 +14,12 @@ const ConfPath = "/etc/xensource/xhad.conf"
 
 // Timeouts are xhad's times; names as in its source.
 type Timeouts struct {
-	HeartbeatInterval time.Duration // t1.
-	HeartbeatTimeout  time.Duration // T1.
-	StateFileInterval time.Duration // t2.
-	StateFileTimeout  time.Duration // T2.
-	HeartbeatWatchdog time.Duration // Wh.
-	StateFileWatchdog time.Duration // Ws.
+	HeartbeatInterval time.Duration `json:"t1_ns"` // t1.
+	HeartbeatTimeout  time.Duration `json:"T1_ns"` // T1.
+	StateFileInterval time.Duration `json:"t2_ns"` // t2.
+	StateFileTimeout  time.Duration `json:"T2_ns"` // T2.
+	HeartbeatWatchdog time.Duration `json:"Wh_ns"` // Wh.
+	StateFileWatchdog time.Duration `json:"Ws_ns"` // Ws.
 }
 
 // Derive gives what XAPI writes for an HA timeout T (ha-config:timeout, default 60 s, at least 10 s; xapi_ha.ml).
