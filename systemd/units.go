@@ -69,11 +69,19 @@ const (
 type Units struct {
 	Private string // systemd's private socket; PrivateSocket
 	Bus     string // the system bus's socket, used when the private one cannot be; SystemBus
+	// Sent hears when the message that starts or restarts a unit has been written, before systemd has answered: for measurements. Nil: nobody.
+	Sent func(unit string)
 
 	mu     sync.Mutex
-	conn   *sd.Conn
+	conn   *link
 	dialed chan struct{} // closed when the dial in flight ends
 	closed bool
+}
+
+// link is one connection to systemd.
+type link struct {
+	*sd.Conn
+	calls *dbus.Conn // the part of it that calls go over
 }
 
 // Close drops the connection. Later calls fail.
@@ -90,7 +98,7 @@ func (u *Units) Close() {
 // State reads a unit. A unit that does not exist has Load "not-found" and Active "inactive". Error: matches ErrUnreachable.
 func (u *Units) State(ctx context.Context, name string) (Unit, error) {
 	out := Unit{Name: name}
-	err := u.call(ctx, func(ctx context.Context, c *sd.Conn) error {
+	err := u.call(ctx, func(ctx context.Context, c *link) error {
 		props, err := c.GetUnitPropertiesContext(ctx, name)
 		if err != nil {
 			return err
@@ -120,30 +128,31 @@ func (u *Units) State(ctx context.Context, name string) (Unit, error) {
 
 // Start queues a start, after clearing a failure and its start limit. It returns when the job is queued.
 func (u *Units) Start(ctx context.Context, name string) error {
-	return u.job(ctx, "start", name, func(ctx context.Context, c *sd.Conn) error {
-		// Without this the start limit of earlier failures refuses. A unit that is not loaded cannot be reset, and need not.
-		if err := c.ResetFailedUnitContext(ctx, name); err != nil && !notLoaded(err) {
-			return err
-		}
-		_, err := c.StartUnitContext(ctx, name, string(Replace), nil)
-		return err
-	})
+	return u.job(ctx, "start", name, func(ctx context.Context, c *link) error { return u.queue(ctx, c, "StartUnit", name) })
 }
 
 // Restart queues a stop and a start: for units that count as active although what they did is gone.
 func (u *Units) Restart(ctx context.Context, name string) error {
-	return u.job(ctx, "restart", name, func(ctx context.Context, c *sd.Conn) error {
-		if err := c.ResetFailedUnitContext(ctx, name); err != nil && !notLoaded(err) {
-			return err
-		}
-		_, err := c.RestartUnitContext(ctx, name, string(Replace), nil)
-		return err
-	})
+	return u.job(ctx, "restart", name, func(ctx context.Context, c *link) error { return u.queue(ctx, c, "RestartUnit", name) })
+}
+
+// queue resets a unit's failure, without which the start limit of earlier failures refuses, and queues a job. The job does not wait for the answer to the reset:
+// systemd is slowest when much happens, and one connection keeps the order of two messages. What the reset says does not matter, for a unit
+// that is not loaded cannot be reset and need not be; the job's own answer counts.
+func (u *Units) queue(ctx context.Context, c *link, method, name string) error {
+	manager := c.calls.Object("org.freedesktop.systemd1", "/org/freedesktop/systemd1")
+	reset := manager.GoWithContext(ctx, "org.freedesktop.systemd1.Manager.ResetFailedUnit", 0, make(chan *dbus.Call, 1), name)
+	job := manager.GoWithContext(ctx, "org.freedesktop.systemd1.Manager."+method, 0, make(chan *dbus.Call, 1), name, string(Replace))
+	if u.Sent != nil {
+		u.Sent(name)
+	}
+	<-reset.Done
+	return (<-job.Done).Err
 }
 
 // Stop queues a stop. A unit that is not loaded is stopped already.
 func (u *Units) Stop(ctx context.Context, name string, mode StopMode) error {
-	return u.job(ctx, "stop", name, func(ctx context.Context, c *sd.Conn) error {
+	return u.job(ctx, "stop", name, func(ctx context.Context, c *link) error {
 		_, err := c.StopUnitContext(ctx, name, string(mode), nil)
 		return ignoreNotLoaded(err)
 	})
@@ -151,7 +160,7 @@ func (u *Units) Stop(ctx context.Context, name string, mode StopMode) error {
 
 // Kill sends a signal to every process of the unit's cgroup. No process, or no such unit: no error.
 func (u *Units) Kill(ctx context.Context, name string, signal syscall.Signal) error {
-	return u.job(ctx, "kill", name, func(ctx context.Context, c *sd.Conn) error {
+	return u.job(ctx, "kill", name, func(ctx context.Context, c *link) error {
 		err := c.KillUnitWithTarget(ctx, name, sd.All, int32(signal))
 		if e, ok := errors.AsType[dbus.Error](err); ok && (e.Name == "org.freedesktop.systemd1.NoSuchProcess" || e.Name == "org.freedesktop.DBus.Error.UnixProcessIdUnknown") {
 			return nil
@@ -162,12 +171,12 @@ func (u *Units) Kill(ctx context.Context, name string, signal syscall.Signal) er
 
 // SignalMain sends a signal to the unit's main process only.
 func (u *Units) SignalMain(ctx context.Context, name string, signal syscall.Signal) error {
-	return u.job(ctx, "signal", name, func(ctx context.Context, c *sd.Conn) error {
+	return u.job(ctx, "signal", name, func(ctx context.Context, c *link) error {
 		return ignoreNotLoaded(c.KillUnitWithTarget(ctx, name, sd.Main, int32(signal)))
 	})
 }
 
-func (u *Units) job(ctx context.Context, verb, name string, f func(context.Context, *sd.Conn) error) error {
+func (u *Units) job(ctx context.Context, verb, name string, f func(context.Context, *link) error) error {
 	if err := u.call(ctx, f); err != nil {
 		return fmt.Errorf("%s unit %s: %w", verb, name, err)
 	}
@@ -239,7 +248,7 @@ func wait(ctx context.Context, d time.Duration) {
 }
 
 // call runs f on the connection, and once more on a new one when the old one turns out to be broken before f did anything.
-func (u *Units) call(ctx context.Context, f func(context.Context, *sd.Conn) error) error {
+func (u *Units) call(ctx context.Context, f func(context.Context, *link) error) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	for try := 0; ; try++ {
@@ -261,17 +270,17 @@ func (u *Units) call(ctx context.Context, f func(context.Context, *sd.Conn) erro
 	}
 }
 
-func (u *Units) drop(conn *sd.Conn) {
+func (u *Units) drop(c *link) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if u.conn == conn {
+	if u.conn == c {
 		u.conn = nil
 	}
-	conn.Close()
+	c.Close()
 }
 
 // current returns a living connection. One dial runs at a time; all callers wait for it, each no longer than its context.
-func (u *Units) current(ctx context.Context) (*sd.Conn, error) {
+func (u *Units) current(ctx context.Context) (*link, error) {
 	for {
 		u.mu.Lock()
 		switch {
@@ -316,11 +325,11 @@ func (u *Units) current(ctx context.Context) (*sd.Conn, error) {
 }
 
 // dialTimed connects, but does not wait longer than ctx or callTimeout: go-systemd's own set-up makes calls without a time-out.
-func (u *Units) dialTimed(ctx context.Context) (*sd.Conn, error) {
+func (u *Units) dialTimed(ctx context.Context) (*link, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	type dialed struct {
-		conn *sd.Conn
+		conn *link
 		err  error
 	}
 	out := make(chan dialed, 1)
@@ -344,16 +353,30 @@ func (u *Units) dialTimed(ctx context.Context) (*sd.Conn, error) {
 	}
 }
 
-func (u *Units) dial() (*sd.Conn, error) {
-	conn, err := sd.NewConnection(func() (*dbus.Conn, error) { return connect(cmp.Or(u.Private, PrivateSocket), false) })
+func (u *Units) dial() (*link, error) {
+	c, err := dialAt(cmp.Or(u.Private, PrivateSocket), false)
 	if err == nil {
-		return conn, nil
+		return c, nil
 	}
-	conn, busErr := sd.NewConnection(func() (*dbus.Conn, error) { return connect(cmp.Or(u.Bus, SystemBus), true) })
+	c, busErr := dialAt(cmp.Or(u.Bus, SystemBus), true)
 	if busErr == nil {
-		return conn, nil
+		return c, nil
 	}
 	return nil, errors.Join(err, busErr)
+}
+
+func dialAt(socket string, hello bool) (*link, error) {
+	var out link
+	var err error
+	out.Conn, err = sd.NewConnection(func() (*dbus.Conn, error) {
+		c, err := connect(socket, hello)
+		out.calls = cmp.Or(out.calls, c) // go-systemd asks for two: the first is for calls, the second for signals
+		return c, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &out, nil
 }
 
 // connect opens one D-Bus connection whose life no context ends. hello: through a dbus-daemon.
