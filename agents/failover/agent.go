@@ -113,9 +113,10 @@ func New(c Config) *Agent {
 	return &Agent{c: c}
 }
 
-// RunOptions are the timings of agents.Run for this agent: wakes are acted on at once, and failures are retried fast.
+// RunOptions are the timings of agents.Run for this agent: wakes are acted on at once, without settling, because DRBD's come one per transition and the
+// others are gathered where they arise; failures are retried fast.
 func RunOptions() agents.Options {
-	return agents.Options{Settle: time.Millisecond, SettleMax: 3 * time.Millisecond, Resync: 5 * time.Second, PassTimeout: 20 * time.Second,
+	return agents.Options{Settle: time.Nanosecond, SettleMax: time.Nanosecond, Resync: 5 * time.Second, PassTimeout: 20 * time.Second,
 		BackoffMin: 100 * time.Millisecond, BackoffMax: 2 * time.Second}
 }
 

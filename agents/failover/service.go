@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/xostor-agents/xostor-agents/agents"
@@ -42,6 +43,7 @@ type ServiceConfig struct {
 	Drbdsetup  string              // program
 	Drbdadm    string              // program
 	Major      int                 // of DRBD's block devices; MajorDRBD
+	JobSent    func(unit string)   // hears of each start right after it was sent to systemd, for measurements; nil: nobody
 	Log        *slog.Logger
 }
 
@@ -169,7 +171,7 @@ func (s *Service) assemble() {
 	children := &child.Runner{}
 	s.drbd = &hostDRBD{resource: c.Names.Resource, tool: &drbd.Tool{Drbdsetup: c.Drbdsetup, Drbdadm: c.Drbdadm}}
 	s.drbd.Watcher = drbd.NewWatcher(drbd.Events2{Program: c.Drbdsetup, Resource: c.Names.Resource}, s.hint, c.Log)
-	s.units = &cachedUnits{Units: &systemd.Units{}}
+	s.units = &cachedUnits{Units: &systemd.Units{Sent: c.JobSent}}
 	s.files = &hostFiles{paths: c.Paths, resource: c.Names.Resource, children: children}
 	s.keys = newKeyring(c.Key)
 	s.net = &network{keys: s.keys, port: c.Port, extra: c.Addresses, view: s.drbd.View, changed: s.hint, save: s.files.saveKnown, log: c.Log,
@@ -189,6 +191,24 @@ func (s *Service) hint() {
 	s.mu.Unlock()
 	if wake != nil {
 		wake("")
+	}
+}
+
+// unitSettle gathers systemd's signals: one change of a unit brings several, and each look after one reads the units again.
+const unitSettle = time.Millisecond
+
+// gather returns a function that calls f once, d after the first of its own calls.
+func gather(ctx context.Context, d time.Duration, f func()) func() {
+	var waits atomic.Bool
+	return func() {
+		if waits.CompareAndSwap(false, true) {
+			time.AfterFunc(d, func() {
+				waits.Store(false)
+				if ctx.Err() == nil {
+					f()
+				}
+			})
+		}
 	}
 }
 
@@ -225,7 +245,8 @@ func (s *Service) Run(ctx context.Context, o agents.Options) error {
 	wg.Go(func() { s.drbd.readOptions(ctx, s.hint) })
 	wg.Go(func() {
 		n := s.cfg.Names
-		s.units.Watch(ctx, []string{n.Controller, n.MountUnit, n.Target}, func() { s.units.dirty(); s.hint() })
+		look := gather(ctx, unitSettle, s.hint)
+		s.units.Watch(ctx, []string{n.Controller, n.MountUnit, n.Target}, func() { s.units.dirty(); look() })
 	})
 	wg.Go(func() { s.net.run(ctx, s.beats) })
 	wg.Go(func() { s.prober.run(ctx) })
