@@ -3,6 +3,7 @@ package failover_test
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -37,6 +38,7 @@ type agentConfig struct {
 	Drbdsetup  string
 	Drbdadm    string
 	ProbeEvery time.Duration
+	Jobs       string // file that notes each start sent to systemd: nanoseconds since 1970, unit
 }
 
 // newPool boots three hosts; the agents are this binary, with short pauses.
@@ -52,11 +54,18 @@ func newPool(tb testing.TB, onNoQuorum string) *realpool.Pool {
 	if _, ok := tb.(*testing.B); ok {
 		// A small program starts as fast as drbd-utils does; the test binary takes milliseconds more.
 		o.Face = filepath.Join(tb.TempDir(), "face")
-		if out, err := exec.Command("go", "build", "-o", o.Face, "github.com/xostor-agents/xostor-agents/integration/lab/drbdsim/drbdsetup").CombinedOutput(); err != nil {
+		if out, err := smallBuild(o.Face, "github.com/xostor-agents/xostor-agents/integration/lab/drbdsim/drbdsetup").CombinedOutput(); err != nil {
 			tb.Fatalf("build the face: %v\n%s", err, out)
 		}
 	}
 	return realpool.New(tb, o)
+}
+
+// smallBuild builds a program that starts fast: without cgo and its dynamic linker.
+func smallBuild(to, pkg string) *exec.Cmd {
+	cmd := exec.Command("go", "build", "-ldflags=-s -w", "-o", to, pkg)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	return cmd
 }
 
 func must(tb testing.TB, err error) {
@@ -79,7 +88,7 @@ func agentCommand(h *realpool.Host) (*exec.Cmd, error) {
 	}
 	cfg, err := json.Marshal(agentConfig{Self: h.Name, Names: h.Names(), Policy: policy(), Paths: failover.Paths{ResDir: h.ResDir(), StateDir: h.StateDir(), ReactorCfg: filepath.Join(h.Dir, "reactor.toml"), ReactorDir: filepath.Join(h.Dir, "reactor.d")},
 		Controller: h.URL(), Socket: h.Socket(), Listen: h.Node.Address(), Port: h.Pool().Port, Major: realpool.LoopMajor,
-		Drbdsetup: h.Pool().Drbdsetup(), Drbdadm: h.Pool().Drbdadm(), ProbeEvery: 300 * time.Millisecond})
+		Drbdsetup: h.Pool().Drbdsetup(), Drbdadm: h.Pool().Drbdadm(), ProbeEvery: 300 * time.Millisecond, Jobs: jobsFile(h)})
 	if err != nil {
 		return nil, err
 	}
@@ -88,6 +97,8 @@ func agentCommand(h *realpool.Host) (*exec.Cmd, error) {
 	return cmd, nil
 }
 
+func jobsFile(h *realpool.Host) string { return filepath.Join(h.Dir, "jobs") }
+
 func agentMain() error {
 	var c agentConfig
 	if err := json.Unmarshal([]byte(os.Getenv("XOSTOR_TEST_CONFIG")), &c); err != nil {
@@ -95,9 +106,15 @@ func agentMain() error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
+	jobs, err := os.OpenFile(c.Jobs, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer jobs.Close()
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	s, err := failover.NewService(failover.ServiceConfig{Self: c.Self, Key: failover.BeatKey([]byte("test")), Names: c.Names, Policy: c.Policy, Paths: c.Paths, Controller: c.Controller,
-		Socket: c.Socket, Listen: c.Listen, Port: c.Port, Major: c.Major, Drbdsetup: c.Drbdsetup, Drbdadm: c.Drbdadm, ProbeEvery: c.ProbeEvery, BackupLook: 200 * time.Millisecond, Log: log})
+		Socket: c.Socket, Listen: c.Listen, Port: c.Port, Major: c.Major, Drbdsetup: c.Drbdsetup, Drbdadm: c.Drbdadm, ProbeEvery: c.ProbeEvery, BackupLook: 200 * time.Millisecond, Log: log,
+		JobSent: func(unit string) { fmt.Fprintln(jobs, time.Now().UnixNano(), unit) }})
 	if err != nil {
 		return err
 	}

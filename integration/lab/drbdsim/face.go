@@ -58,8 +58,23 @@ type Server struct {
 	Cluster *Cluster
 	Wall    *Wall
 
-	mu    sync.Mutex
-	calls []Call
+	mu      sync.Mutex
+	calls   []Call
+	printed []Printed
+}
+
+// Printed is one group of lines that events2 printed on a host, for tests.
+type Printed struct {
+	Node  string
+	At    time.Time // right before it was written
+	Lines []string
+}
+
+// Printed returns what events2 printed so far.
+func (s *Server) Printed() []Printed {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.printed)
 }
 
 // Calls returns the commands answered so far.
@@ -134,6 +149,9 @@ func (s *Server) events(n *Node, c net.Conn, in *bufio.Reader) {
 		case <-gone:
 			return
 		case group := <-lines:
+			s.mu.Lock()
+			s.printed = append(s.printed, Printed{n.Name, time.Now(), group})
+			s.mu.Unlock()
 			if _, err := io.WriteString(c, strings.Join(group, "\n")+"\n"); err != nil {
 				return
 			}
