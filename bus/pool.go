@@ -62,6 +62,10 @@ func readPool(dir string) (Pool, error) {
 	return p.sorted(), nil
 }
 
+// KeptPool is the pool as the bus of this host last knew it, for those who need it while the bus and XAPI are away. dir is the bus's store folder. The zero
+// Pool: nothing was kept.
+func KeptPool(dir string) (Pool, error) { return readPool(dir) }
+
 // keepPool writes the cache so that a crash leaves the old file or the new one.
 func keepPool(dir string, p Pool) error {
 	if dir == "" {

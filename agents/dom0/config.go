@@ -67,15 +67,21 @@ type BusConfig struct {
 
 // Options are the bus's own options; the caller adds the log.
 func (c BusConfig) Options(host string) bus.Options {
-	o := bus.Options{Socket: c.Socket, StoreDir: c.Store, ServerName: host, Secret: c.Ptoken,
+	o := bus.Options{Socket: c.Socket, ServerName: host, Secret: c.Ptoken,
 		Subscribe: bus.SubscribeOptions{Listen: c.SubscribeListen, Users: c.SubscribeUsers, Cert: c.SubscribeCert, Key: c.SubscribeKey}}
-	if c.Store == noStore {
-		o.StoreDir = ""
-	}
+	o.StoreDir = c.KeptIn()
 	if c.Cluster {
 		o.RouteListen = c.RouteListen
 	}
 	return o
+}
+
+// KeptIn is the folder in which the bus keeps what outlives it; "" for none.
+func (c BusConfig) KeptIn() string {
+	if c.Store == noStore {
+		return ""
+	}
+	return c.Store
 }
 
 // noStore is the value of bus.store for no history.

@@ -38,6 +38,24 @@ type Dom0 struct {
 // Open prepares the connections of the daemon with that name; the name becomes XAPI's originator, LINSTOR's User-Agent and the name on the bus. It waits for nobody: what is
 // away is connected when it comes.
 func Open(c Config, name string, log *slog.Logger) (*Dom0, error) {
+	d, err := OpenBus(c, name, log)
+	if err != nil {
+		return nil, err
+	}
+	agent := "xostor-" + name
+	if d.XAPI, err = xapi.New(xapi.Config{Socket: c.XAPI.Socket, Originator: agent, UserAgent: agent, Log: log}); err != nil {
+		d.Close()
+		return nil, err
+	}
+	if d.LINSTOR, err = linstor.New(linstor.Options{Controllers: c.LINSTOR.Controllers, Resolve: d.controllers, UserAgent: agent, SatelliteTimeout: satelliteTimeout, Log: log}); err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// OpenBus prepares the connection to the bus alone, for an agent that does its duty without XAPI and LINSTOR. Those two are nil.
+func OpenBus(c Config, name string, log *slog.Logger) (*Dom0, error) {
 	d := &Dom0{Config: c, Log: log, files: xapi.HostFiles{PoolConf: c.Host.PoolConf, Inventory: c.Host.Inventory}}
 	var err error
 	if d.Facts, err = d.files.Read(); err != nil {
@@ -48,16 +66,7 @@ func Open(c Config, name string, log *slog.Logger) (*Dom0, error) {
 			return nil, fmt.Errorf("read host name: %w", err)
 		}
 	}
-	agent := "xostor-" + name
-	if d.XAPI, err = xapi.New(xapi.Config{Socket: c.XAPI.Socket, Originator: agent, UserAgent: agent, Log: log}); err != nil {
-		return nil, err
-	}
-	if d.LINSTOR, err = linstor.New(linstor.Options{Controllers: c.LINSTOR.Controllers, Resolve: d.controllers, UserAgent: agent, SatelliteTimeout: satelliteTimeout, Log: log}); err != nil {
-		d.Close()
-		return nil, err
-	}
-	if d.Bus, err = bus.DialLazy(c.Bus.Socket, agent); err != nil {
-		d.Close()
+	if d.Bus, err = bus.DialLazy(c.Bus.Socket, "xostor-"+name); err != nil {
 		return nil, err
 	}
 	return d, nil
@@ -70,6 +79,9 @@ func (d *Dom0) Close() {
 	}
 	if d.LINSTOR != nil {
 		d.LINSTOR.Close()
+	}
+	if d.XAPI == nil {
+		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()

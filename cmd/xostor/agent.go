@@ -9,6 +9,7 @@ import (
 
 	"github.com/xostor-agents/xostor-agents/agents"
 	"github.com/xostor-agents/xostor-agents/agents/dom0"
+	"github.com/xostor-agents/xostor-agents/agents/failover"
 	"github.com/xostor-agents/xostor-agents/agents/srsize"
 	"github.com/xostor-agents/xostor-agents/systemd"
 )
@@ -19,7 +20,7 @@ const restAfterPass = 1
 // openSRSize opens what sr-size stands on, and its configuration with direct reads.
 func openSRSize(c *call, name string) (*dom0.Dom0, srsize.Config, error) {
 	if c.args[0] != srsize.Name {
-		return nil, srsize.Config{}, &usageError{fmt.Sprintf("there is no agent %q; there is %s", c.args[0], srsize.Name)}
+		return nil, srsize.Config{}, &usageError{fmt.Sprintf("there is no agent %q; there are %s and %s", c.args[0], srsize.Name, failover.Name)}
 	}
 	d, err := dom0.Open(c.config, name, c.log)
 	if err != nil {
@@ -33,6 +34,9 @@ func openSRSize(c *call, name string) (*dom0.Dom0, srsize.Config, error) {
 }
 
 func runAgent(ctx context.Context, c *call) error {
+	if c.args[0] == failover.Name {
+		return runFailover(ctx, c)
+	}
 	d, cfg, err := openSRSize(c, c.args[0])
 	if err != nil {
 		return err
@@ -65,6 +69,9 @@ func runAgent(ctx context.Context, c *call) error {
 }
 
 func runPlan(ctx context.Context, c *call) error {
+	if c.args[0] == failover.Name {
+		return planFailover(ctx, c)
+	}
 	d, cfg, err := openSRSize(c, "plan")
 	if err != nil {
 		return err
@@ -84,16 +91,24 @@ func runPlan(ctx context.Context, c *call) error {
 	if err != nil {
 		return err
 	}
+	return showPlan(c, plan, "", "Nothing to do: XAPI shows what LINSTOR has, or it is not known well enough to write.")
+}
+
+// showPlan prints a plan. intro comes first, none instead of actions when there are none; programs get neither.
+func showPlan(c *call, plan agents.Plan, intro, none string) error {
 	if c.json {
 		return json.NewEncoder(c.out).Encode(plan)
 	}
-	printPlan(c, plan)
+	if intro != "" {
+		fmt.Fprintln(c.out, intro)
+	}
+	printPlan(c, plan, none)
 	return nil
 }
 
-func printPlan(c *call, p agents.Plan) {
+func printPlan(c *call, p agents.Plan, none string) {
 	if len(p.Actions) == 0 {
-		fmt.Fprintln(c.out, "Nothing to do: XAPI shows what LINSTOR has, or it is not known well enough to write.")
+		fmt.Fprintln(c.out, none)
 	}
 	for _, act := range p.Actions {
 		fmt.Fprintf(c.out, "would %s %s (risk %s)\n  why   %s\n", act.Verb, act.Target, act.Risk, act.Why)

@@ -52,6 +52,7 @@ type call struct {
 	follow      bool
 	since       string
 	subject     string
+	plan        bool
 	out, errOut io.Writer
 	log         *slog.Logger
 }
@@ -61,14 +62,18 @@ type usageError struct{ text string }
 
 func (e *usageError) Error() string { return e.text }
 
+// anyArgs is the args of a command that looks at them itself.
+const anyArgs = "..."
+
 func commands() []command {
 	return []command{
 		{"bus", "", "run this host's bus and its feeds",
 			"Runs the embedded NATS server behind a unix socket, connected to those of the pool's other hosts by mutual TLS with certificates derived from the pool secret and, while this host is the pool's coordinator, publishes changes of XAPI and LINSTOR on it.\nUnit: xostor-bus.service. Ends on SIGTERM within 5 seconds.", runBus},
-		{"agent", "NAME", "run one agent", "Runs an agent until SIGTERM. Agents are right without the bus; with it they are fast. It may run on every host: only the coordinator's writes.\n\nAgents:\n  sr-size   keeps XAPI's sizes of XOSTOR SRs equal to what LINSTOR has", runAgent},
+		{"agent", "NAME", "run one agent", "Runs an agent until SIGTERM. Agents are right without the bus; with it they are fast. It may run on every host.\n\nAgents:\n  sr-size   keeps XAPI's sizes of XOSTOR SRs equal to what LINSTOR has; only the coordinator's writes\n  failover  keeps exactly one healthy LINSTOR controller, on a host that holds its database with quorum; needs neither XAPI nor LINSTOR nor the bus, and is to run on every host\nUnits: xostor-sr-size.service, xostor-failover.service.", runAgent},
 		{"status", "", "show every agent of the pool", "Asks all agents of all hosts on the bus how they are: state, last pass, last action, findings with the next step, and how long the answer took (LAG).\nA host of the pool that does not answer within a second is shown as such.\nExit code 0 when all are healthy, 1 when one is failing or a host does not answer.", runStatus},
 		{"plan", "NAME", "show what an agent would do now, without doing it", "Looks at the live pool with the agent's own code and prints its actions with their reasons, and its findings. Nothing is written.", runPlan},
 		{"events", "", "print what happens in the pool", "Prints events from the bus, one line each, or with --json one JSON object each (CloudEvents 1.0).\n  --since 2h      begin with the history of the last two hours\n  --follow        go on with live events (the default without --since)\n  --subject S     only these subjects, such as 'xostor.v1.xapi.vdi.*' or 'xostor.v1.agent.>'", runEvents},
+		{"controller", "...", "show and move the LINSTOR controller, list backups of its database", "Asks the failover agent of this host, so it works without XAPI, LINSTOR and the bus.\n  controller status                   who runs the controller, why, since when, and what is missing\n  controller move [HOST]              hand it to another host, the best one if none is named; checked first, and taken back when it does not work\n  controller backups                  the backups on this host, each read through again\n  controller restore --plan [BACKUP]  print the steps to restore the newest good backup, or the named one; does nothing\nHOST is a LINSTOR node name. Exit code 0 when it worked out, 1 when not, with the reason.", runController},
 		{"version", "", "print the version", "Prints the version and what it was built with.", runVersion},
 	}
 }
@@ -117,6 +122,9 @@ func dispatch(ctx context.Context, args []string, out, errOut io.Writer) error {
 	file := fs.String("config", "", "configuration file (default "+dom0.DefaultConfigFile+", which may be missing)")
 	level := fs.String("log-level", defaultLevel(cmd.name), "debug, info, warn or error")
 	fs.BoolVar(&c.json, "json", false, "print JSON")
+	if cmd.name == "controller" {
+		fs.BoolVar(&c.plan, "plan", false, "with restore: print the steps (compulsory; restoring is for people)")
+	}
 	if cmd.name == "events" {
 		fs.BoolVar(&c.follow, "follow", false, "go on with live events")
 		fs.StringVar(&c.since, "since", "", "begin with the history of this time span, such as 2h")
@@ -130,7 +138,7 @@ func dispatch(ctx context.Context, args []string, out, errOut io.Writer) error {
 	if err != nil {
 		return &usageError{fmt.Sprintf("%s: %v; `xostor help %s` shows the flags", cmd.name, err, cmd.name)}
 	}
-	if want := len(strings.Fields(cmd.args)); len(rest) != want {
+	if want := len(strings.Fields(cmd.args)); cmd.args != anyArgs && len(rest) != want {
 		return &usageError{fmt.Sprintf("%s takes %d arguments, got %d; `xostor help %s` shows how it is called", cmd.name, want, len(rest), cmd.name)}
 	}
 	c.args = rest
@@ -187,6 +195,7 @@ Start here, on any host of the pool:
   xostor status              how the agents are, and what they found
   xostor plan sr-size        what would be corrected now, and why
   xostor events --follow     what happens in the pool, live
+  xostor controller status   which host runs LINSTOR's controller, and why
 
 xostor help COMMAND tells more of a command.
 `, dom0.DefaultConfigFile)
