@@ -73,8 +73,13 @@ type kernel struct {
 }
 
 func (k kernel) Execute(command uint8, attributes []byte) ([][]byte, error) {
-	msgs, err := k.c.Execute(genetlink.Message{Header: genetlink.Header{Command: command, Version: k.f.Version}, Data: attributes}, k.f.ID,
-		netlink.Request|netlink.Acknowledge)
+	// CONNECT is answered with an index or an error. An acknowledgement would come besides, and be taken for the answer to the
+	// next command; the other commands have no other answer.
+	flags := netlink.Request
+	if command != cmdConnect {
+		flags |= netlink.Acknowledge
+	}
+	msgs, err := k.c.Execute(genetlink.Message{Header: genetlink.Header{Command: command, Version: k.f.Version}, Data: attributes}, k.f.ID, flags)
 	if err != nil {
 		return nil, err
 	}
