@@ -331,7 +331,7 @@ func (s *settings) follow(ctx context.Context, id *heartbeat.Identity, log *slog
 
 // serve opens all sockets, says that it is ready, and runs until ctx ends.
 func (s *settings) serve(ctx context.Context, c heartbeat.Config, log *slog.Logger) error {
-	k, err := s.kernelDevice(c)
+	k, err := s.kernelDevice(log)
 	if err != nil {
 		return err
 	}
@@ -376,7 +376,7 @@ func (s *settings) serve(ctx context.Context, c heartbeat.Config, log *slog.Logg
 	servers.add(func(ctx context.Context) error { return feedWatchdog(ctx, d) })
 	servers.add(func(ctx context.Context) error { s.followConf(ctx, d, c.Xhad, log); return nil })
 	// The hand-over comes before the listeners close: successors ask this host whether it has left.
-	return servers.run(ctx, d.Run)
+	return servers.run(ctx, func(ctx context.Context) error { return errors.Join(d.Run(ctx), k.detach()) })
 }
 
 // listenAddrs are this host's addresses on the storage network and on the management network. What is not known yet is
