@@ -85,9 +85,9 @@ type Bus struct {
 	door        *door
 	sysPassword string // Of the system account, for connections inside this process.
 
-	kick chan struct{} // Something changed: tend now.
-	stop context.CancelFunc
-	done chan struct{}
+	kick  chan struct{} // Something changed: tend now.
+	stop  context.CancelFunc
+	tasks sync.WaitGroup
 
 	mu       sync.Mutex
 	server   *server.Server // nil while it is restarted.
@@ -121,7 +121,7 @@ func Start(ctx context.Context, o Options) (*Bus, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &Bus{opts: o, sysPassword: rand.Text(), kick: make(chan struct{}, 1), done: make(chan struct{})}
+	b := &Bus{opts: o, sysPassword: rand.Text(), kick: make(chan struct{}, 1)}
 	// The door comes first: two servers on one store folder would destroy it.
 	listener, err := claimDoor(o.Socket)
 	if err != nil {
@@ -137,7 +137,14 @@ func Start(ctx context.Context, o Options) (*Bus, error) {
 	b.door = openDoor(listener, b.InProcessConn, o.Log)
 	tendCtx, cancel := context.WithCancel(context.Background())
 	b.stop = cancel
-	go b.tend(tendCtx)
+	b.tasks.Go(func() { b.tend(tendCtx) })
+	if o.StoreDir != "" && o.RouteListen != "" {
+		b.tasks.Go(func() {
+			if err := b.completeHistory(tendCtx); err != nil {
+				o.Log.Error("gaps of the history are not filled", "err", err)
+			}
+		})
+	}
 	return b, nil
 }
 
@@ -212,7 +219,7 @@ func (b *Bus) Close() error {
 	b.closeOnce.Do(func() {
 		b.stop()
 		b.closeErr = b.door.close()
-		<-b.done
+		b.tasks.Wait()
 		if s := b.current(); s != nil {
 			b.closeErr = errors.Join(b.closeErr, stopServer(s))
 		}

@@ -141,7 +141,6 @@ func (b *Bus) authorities() string {
 
 // tend keeps the server in the shape that the pool wants, and the history with it.
 func (b *Bus) tend(ctx context.Context) {
-	defer close(b.done)
 	tick := time.NewTicker(tendInterval)
 	defer tick.Stop()
 	for {

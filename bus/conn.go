@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"math/rand/v2"
@@ -20,6 +21,7 @@ const (
 	pendingMessages = 8192    // Of one subscription; more is lost, and mirrors notice.
 	firstReconnect  = 100 * time.Millisecond
 	lastReconnect   = 5 * time.Second
+	dialPatience    = 3 * time.Second // A server is replaced within half a second.
 )
 
 // AwayError says that the bus cannot be reached.
@@ -46,14 +48,31 @@ var _ Wire = (*Conn)(nil)
 
 func newConn(nc *nats.Conn, name string) *Conn { return &Conn{nc: nc, name: name} }
 
-// Dial connects to the bus of this host. It fails with *AwayError when the bus is not there now. Name shows up in
-// the server's list of connections.
+// Dial connects to the bus of this host. It fails with *AwayError when the bus is not there now; one that is just replacing its server, because the pool
+// changed, is waited for. Name shows up in the server's list of connections.
 func Dial(ctx context.Context, socket, name string) (*Conn, error) {
-	nc, err := nats.Connect(dialURL, dialOptions(ctx, socket, name)...)
-	if err != nil {
-		return nil, away(socket, err)
+	patience := time.After(dialPatience)
+	for {
+		nc, err := nats.Connect(dialURL, dialOptions(ctx, socket, name)...)
+		if err == nil {
+			return newConn(nc, name), nil
+		}
+		if !hungUp(err) {
+			return nil, away(socket, err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, away(socket, err)
+		case <-patience:
+			return nil, away(socket, err)
+		case <-time.After(firstReconnect):
+		}
 	}
-	return newConn(nc, name), nil
+}
+
+// hungUp tells that somebody took the connection and ended it: the door is there, the server behind it is not yet.
+func hungUp(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, nats.ErrConnectionClosed)
 }
 
 // DialLazy is Dial for agents, which are right without the bus: it never waits. While the bus is away it tries again in the

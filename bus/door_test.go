@@ -3,12 +3,14 @@ package bus_test
 import (
 	"context"
 	"errors"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -84,6 +86,42 @@ func TestDialSaysWhatToDo(t *testing.T) {
 	if !errors.As(err, &away) || !strings.Contains(away.Hint, "systemctl start") {
 		t.Fatalf("dial without a bus: %v", err)
 	}
+}
+
+// TestDialWaitsForAServerThatIsReplaced: the door takes connections and ends them until the server behind it is there.
+func TestDialWaitsForAServerThatIsReplaced(t *testing.T) {
+	_, o := startBus(t, nil)
+	socket := filepath.Join(t.TempDir(), "s")
+	door, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = door.Close() }()
+	var ends sync.WaitGroup
+	defer ends.Wait()
+	ends.Go(func() {
+		for i := range 3 {
+			in, err := door.Accept()
+			if err != nil || i < 2 {
+				if err == nil {
+					_ = in.Close()
+				}
+				continue
+			}
+			server, err := net.Dial("unix", o.Socket)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			ends.Go(func() { _, _ = io.Copy(server, in); _ = server.Close() })
+			ends.Go(func() { _, _ = io.Copy(in, server); _ = in.Close() })
+		}
+	})
+	c, err := bus.Dial(t.Context(), socket, "patient")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
 }
 
 // TestAgentOutlivesTheBus: a lazy connection works before, between and after runs of the bus, and a mirror says what it knows.

@@ -198,7 +198,7 @@ func ensureStream(ctx context.Context, nc *nats.Conn, limits HistoryLimits, repl
 		return nil, fmt.Errorf("open history: %w", err)
 	}
 	stream, err := js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
-		Name: historyStream, Subjects: historySubjects(), Storage: jetstream.FileStorage, Replicas: replicas,
+		Name: historyStream, Subjects: append(historySubjects(), lateFamily+">"), Storage: jetstream.FileStorage, Replicas: replicas,
 		MaxAge: limits.MaxAge, MaxBytes: limits.MaxBytes, Discard: jetstream.DiscardOld, NoAck: true, AllowDirect: true,
 		// Events carry no NATS message id, so there is nothing to remember for deduplication.
 		Duplicates: 100 * time.Millisecond,
@@ -251,17 +251,37 @@ func moveAside(dir string, now time.Time) error {
 	return endOpening(dir)
 }
 
-// Replay calls fn for each event of the history since then whose subject the pattern covers ("" for all), oldest first, and
-// returns after the last one that was there when it began. It stops at fn's first error and returns it. ErrNoHistory when the bus
-// keeps none.
+// Replay calls fn for each event of the history since then whose subject the pattern covers ("" for all), in the order in which they were kept, and
+// returns after the last one that was there when it began. That is the order of publishing but for what was published while the history had no leader: it
+// comes a little later, with its own time. Replay stops at fn's first error and returns it. ErrNoHistory when the bus keeps none, ErrHistoryPaused when
+// too few hosts are there.
 func Replay(ctx context.Context, c *Conn, since time.Time, pattern Subject, fn func(Event) error) error {
-	js, err := jetstream.New(c.nc)
-	if err != nil {
-		return fmt.Errorf("replay history: %w", err)
+	cfg := jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartTimePolicy, OptStartTime: &since, FilterSubjects: keptFilters(pattern)}
+	return eachKept(ctx, c.nc, cfg, func(m jetstream.Msg) error {
+		if pattern != "" && !pattern.Matches(Subject(trueSubject(m.Subject()))) {
+			return nil
+		}
+		return replayOne(m, fn)
+	})
+}
+
+// keptFilters are the subjects on which events of a pattern are kept; nil for all. Two filters of one consumer must not overlap, so a pattern that leaves the family
+// open, and with it what is kept late, is sorted out on our side.
+func keptFilters(pattern Subject) []string {
+	rest, ours := strings.CutPrefix(string(pattern), subject.Prefix+".")
+	family, _, _ := strings.Cut(rest, ".")
+	if !ours || family == "*" || family == ">" {
+		return nil
 	}
-	cfg := jetstream.OrderedConsumerConfig{DeliverPolicy: jetstream.DeliverByStartTimePolicy, OptStartTime: &since}
-	if pattern != "" {
-		cfg.FilterSubjects = []string{string(pattern)}
+	return []string{string(pattern), lateSubject(string(pattern))}
+}
+
+// eachKept calls fn for each message of the history that cfg selects and that was there when it began, in the order of keeping. It returns fn's first error
+// as it is.
+func eachKept(ctx context.Context, nc *nats.Conn, cfg jetstream.OrderedConsumerConfig, fn func(jetstream.Msg) error) error {
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return historyError(err)
 	}
 	consumer, err := js.OrderedConsumer(ctx, historyStream, cfg)
 	if err != nil {
@@ -275,7 +295,7 @@ func Replay(ctx context.Context, c *Conn, since time.Time, pattern Subject, fn f
 		got := uint64(0)
 		for m := range batch.Messages() {
 			got++
-			if err := replayOne(m, fn); err != nil {
+			if err := fn(m); err != nil {
 				return err
 			}
 		}
@@ -287,7 +307,7 @@ func Replay(ctx context.Context, c *Conn, since time.Time, pattern Subject, fn f
 		}
 		left -= min(left, got)
 		if err := ctx.Err(); err != nil {
-			return fmt.Errorf("replay history: %w", err)
+			return historyError(err)
 		}
 	}
 	return nil
@@ -300,7 +320,7 @@ func replayOne(m jetstream.Msg, fn func(Event) error) error {
 			h[k] = v[0]
 		}
 	}
-	e, err := EventOf(&Message{Subject: m.Subject(), Header: h, Data: m.Data()})
+	e, err := EventOf(&Message{Subject: trueSubject(m.Subject()), Header: h, Data: m.Data()})
 	if errors.Is(err, ErrNotEvent) {
 		return nil // Somebody published something else on our subjects; it is no event of ours.
 	}
