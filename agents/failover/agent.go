@@ -72,6 +72,9 @@ type Files interface {
 	SaveRes() error
 	ActivateVolume(ctx context.Context) error // lvchange -ay of the backing volume that the .res file names
 	Reactor() drbd.Tri                        // drbd-reactor is configured to promote the resource
+	// Held are the peers whose connections were taken down by hand, as KeepHeld last wrote them.
+	Held() []string
+	KeepHeld(peers []string) error
 }
 
 // Config is what an Agent stands on. All ports are compulsory.
@@ -161,6 +164,10 @@ func (a *Agent) Observe(ctx context.Context) (Snapshot, error) {
 		s.BackupTrouble = a.c.BackupTrouble()
 	}
 
+	s.Kept = a.c.Files.Held()
+	if !a.memory.HeldRead {
+		a.memory.Held, a.memory.HeldRead = s.Kept, true
+	}
 	a.memory = remember(now, a.memory, &s)
 	if !a.memory.Releasing.IsZero() && now.Sub(a.memory.Releasing) > s.Policy.HoldersAfter {
 		s.Holders = a.c.Mounts.Holders(s.Names.MountPoint, minor)
@@ -327,6 +334,10 @@ func (a *Agent) Act(ctx context.Context, act agents.Action) error {
 	case VerbRestoreRes:
 		err := a.c.Files.RestoreRes()
 		a.asked("restore", err)
+		return err
+	case VerbKeepHeld:
+		err := a.c.Files.KeepHeld(a.memory.Held)
+		a.asked("held", err)
 		return err
 	case VerbSaveRes:
 		err := a.c.Files.SaveRes()

@@ -24,6 +24,7 @@ const (
 	VerbBringUp    = "bring-up" // activate the volume, adjust
 	VerbRestoreRes = "restore-res"
 	VerbSaveRes    = "save-res"
+	VerbKeepHeld   = "keep-held" // keep on disk which connections were taken down by hand
 )
 
 // decider carries one decision. Its methods are the steps of DESIGN.md.
@@ -53,7 +54,7 @@ func Decide(now time.Time, s Snapshot) agents.Plan {
 		d.promote()
 	}
 	d.repair()
-	d.keepRes()
+	d.keepFacts()
 	return d.Plan
 }
 
@@ -585,6 +586,10 @@ func (d *decider) repair() {
 		if c.State != drbd.StandAlone {
 			continue
 		}
+		if slices.Contains(d.m.Held, c.Name) {
+			d.find("held-by-hand", agents.Warning, "the connection to "+c.Name+" was taken down by hand and is left alone", "when the work is done, on both hosts: drbdadm connect "+s.Names.Resource)
+			continue
+		}
 		if !released && !s.owns() {
 			continue
 		}
@@ -635,7 +640,10 @@ func (d *decider) boot() bool {
 	return absent
 }
 
-func (d *decider) keepRes() {
+func (d *decider) keepFacts() {
+	if d.m.HeldRead && !slices.Equal(d.m.Held, d.s.Kept) && d.due("held", time.Second, time.Minute) {
+		d.add(VerbKeepHeld, agents.RiskObserve, nil, "an agent that starts later cannot see who took a connection down")
+	}
 	if f := d.s.File; f.Known && f.Valid && !f.Saved && d.due("save", time.Second, time.Minute) {
 		d.add(VerbSaveRes, agents.RiskObserve, nil, "the .res file changed: its last good copy is kept for boots after a power loss")
 	}

@@ -225,6 +225,12 @@ func TestDecide(t *testing.T) {
 			s.Res.Connections[0].State, s.Peers[0].Says.Role = drbd.StandAlone, "Primary"
 		}, "", ""},
 		{"StandAlone, the owner reconnects", owning, func(s *S) { s.Res.Connections[0].State = drbd.StandAlone }, "connect peer=h1", ""},
+		{"StandAlone by hand: left alone", idle, func(s *S) {
+			s.Res.MayPromote, s.Res.Connections[0].State, s.Memory.Held, s.Kept, s.Memory.HeldRead = drbd.No, drbd.StandAlone, []string{"h1"}, []string{"h1"}, true
+		}, "", "held-by-hand"},
+		{"StandAlone by hand: kept on disk", idle, func(s *S) {
+			s.Res.MayPromote, s.Res.Connections[0].State, s.Memory.Held, s.Memory.HeldRead = drbd.No, drbd.StandAlone, []string{"h1"}, true
+		}, "keep-held", "held-by-hand"},
 		{"StandAlone for good", owning, func(s *S) {
 			s.Res.Connections[0].State = drbd.StandAlone
 			s.Memory.Asked = map[string]failover.Attempt{"connect/h1": {Last: ago(10 * time.Second), N: 7}}

@@ -289,6 +289,8 @@ type hostFiles struct {
 	res     ResFile
 	reactAt time.Time
 	reactor drbd.Tri
+	held    []string
+	heldOK  bool // held has been read
 }
 
 func (f *hostFiles) resPath() string  { return filepath.Join(f.paths.ResDir, f.resource+".res") }
@@ -506,6 +508,37 @@ func hasPromoter(text []byte, resource string) (bool, error) {
 		}
 	}
 	return false, nil
+}
+
+func (f *hostFiles) heldPath() string { return filepath.Join(f.paths.StateDir, "held.json") }
+
+// Held implements Files.
+func (f *hostFiles) Held() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.heldOK {
+		text, err := os.ReadFile(f.heldPath())
+		if err == nil && json.Unmarshal(text, &f.held) != nil {
+			f.held = nil // unreadable is as good as none: a connection too many is mended is better than none ever
+		}
+		f.heldOK = true
+	}
+	return slices.Clone(f.held)
+}
+
+// KeepHeld implements Files.
+func (f *hostFiles) KeepHeld(peers []string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	text, err := json.Marshal(peers)
+	if err != nil {
+		return fmt.Errorf("keep held connections: %w", err)
+	}
+	if err := writeFile(f.heldPath(), text); err != nil {
+		return fmt.Errorf("keep held connections: %w", err)
+	}
+	f.held, f.heldOK = slices.Clone(peers), true
+	return nil
 }
 
 // loadKnown and saveKnown keep the peers' last words on drbd-reactor.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -190,5 +191,43 @@ func TestScenario_QuorumFlap(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// An administrator takes a connection down: no agent takes it up again, not after a restart, a reboot or a failover either, until a person does.
+func TestScenario_DisconnectedByHand(t *testing.T) {
+	w := scripted(t, 3, "io-error")
+	o := w.bootAll(t)
+	a, b := w.hosts[(o.node.ID+1)%3], w.hosts[(o.node.ID+2)%3]
+	if err := a.node.Disconnect(b.node.ID); err != nil {
+		t.Fatal(err)
+	}
+	stays := func(what string, d time.Duration) {
+		t.Helper()
+		if w.until(d, func() bool { return a.node.ConnState(b.node) == "Connected" }) {
+			t.Fatalf("connected behind the administrator's back: %s\n%s", what, strings.Join(w.log, "\n"))
+		}
+	}
+	stays("while all is quiet", 2*time.Minute)
+	if !slices.Equal(a.held, []string{b.node.Name}) {
+		t.Errorf("kept on disk: %v", a.held)
+	}
+	a.stopAgent()
+	a.startAgent()
+	stays("by an agent that was restarted", time.Minute)
+	if w.owner() != o {
+		t.Error("the controller moved")
+	}
+	w.cl.Cut(o.node, a.node, true) // another connection fails and heals meanwhile
+	w.clock.Run(20 * time.Second)
+	w.cl.Cut(o.node, a.node, false)
+	stays("while others were mended", time.Minute)
+	if err := a.node.Connect(b.node.ID); err != nil {
+		t.Fatal(err)
+	}
+	w.want(t, time.Minute, "all are connected", func() bool { return w.owner() != nil && w.connected() })
+	w.clock.Run(5 * time.Second)
+	if len(a.held) > 0 {
+		t.Errorf("still kept on disk: %v", a.held)
 	}
 }

@@ -171,7 +171,7 @@ func (w *world) fault() {
 		}
 	}
 	name := h.node.Name
-	switch w.rng.IntN(14) {
+	switch w.rng.IntN(15) {
 	case 0:
 		if h.node.Alive() {
 			h.down()
@@ -237,6 +237,17 @@ func (w *world) fault() {
 	case 12:
 		h.startFails = 1 + w.rng.IntN(4)
 		w.note("fault: the next %d starts on %s fail", h.startFails, name)
+	case 14:
+		if o := w.hosts[w.rng.IntN(len(w.hosts))]; o != h && h.node.Up() && h.node.ConnState(o.node) == "Connected" {
+			w.note("fault: an administrator disconnects %s from %s for %s", name, o.node.Name, length)
+			_ = h.node.Disconnect(o.node.ID) // cannot fail: both exist
+			w.clock.After(length, func() {
+				if h.node.Up() {
+					w.note("an administrator connects %s to %s", name, o.node.Name)
+					_ = h.node.Connect(o.node.ID) // it may be connecting already
+				}
+			})
+		}
 	case 13:
 		o := w.hosts[w.rng.IntN(len(w.hosts))]
 		if h.proc != nil && w.owner() != nil {

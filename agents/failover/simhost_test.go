@@ -39,6 +39,7 @@ type host struct {
 
 	// Kept over reboots.
 	known map[string]string
+	held  []string
 	// systemd and the filesystem.
 	mounted, readOnly bool
 	mountUnit         unit
@@ -662,6 +663,8 @@ func (simFiles) ResFile() failover.ResFile {
 func (simFiles) RestoreRes() error                    { return nil }
 func (simFiles) SaveRes() error                       { return nil }
 func (simFiles) ActivateVolume(context.Context) error { return nil }
+func (f simFiles) Held() []string                     { return slices.Clone(f.h.held) }
+func (f simFiles) KeepHeld(peers []string) error      { f.h.held = slices.Clone(peers); return nil }
 func (f simFiles) Reactor() drbd.Tri                  { return drbd.TriOf(f.h.w.guard) }
 
 // --- drbd-reactor, as far as guard mode meets it (controller-failover.md 1.3-1.5)

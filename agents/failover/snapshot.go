@@ -160,6 +160,8 @@ type Memory struct {
 	Counted    string      // the last failure that was counted, to count each once
 	HandOver   time.Time   // gave the controller away because it failed here
 	Attached   bool        // the local disk was attached at some time: if it is not now, it failed
+	Held       []string    // peers whose connection was taken down by hand on this host, by name
+	HeldRead   bool        // Held has been read from disk
 	StartedJVM bool        // this agent, or the host's reactor, had it running: a stop is a failure
 }
 
@@ -197,7 +199,8 @@ type Snapshot struct {
 	Peers   []Peer   `json:"peers"` // by name
 	Move    *Move    `json:"move,omitempty"`
 	File    ResFile  `json:"res_file"`
-	Reactor drbd.Tri `json:"reactor"` // this host has a promoter
+	Kept    []string `json:"kept,omitempty"` // Memory.Held as it is on disk
+	Reactor drbd.Tri `json:"reactor"`        // this host has a promoter
 	// BackupTrouble is what went wrong with the last backup.
 	BackupTrouble string `json:"backup_trouble,omitempty"`
 	Memory        Memory `json:"-"`
@@ -260,6 +263,7 @@ func remember(now time.Time, m Memory, s *Snapshot) Memory {
 		since(&m.NoQuorum, s.Res != nil && s.Res.Role == drbd.Primary && (s.Res.Quorum() == drbd.No || s.Res.SuspendedQuorum() == drbd.Yes))
 		since(&m.MayPromote, s.Fresh && s.Res != nil && s.Res.MayPromote == drbd.Yes && dataInReach(s.Res))
 		m.Attached = m.Attached || s.Res != nil && s.Res.LocalUpToDate() == drbd.Yes
+		m.Held = held(m.Held, s)
 		primary := ""
 		if s.Res != nil {
 			primary = s.Res.PrimaryPeer()
@@ -294,6 +298,23 @@ func remember(now time.Time, m Memory, s *Snapshot) Memory {
 	}
 	m.Failures = slices.DeleteFunc(slices.Clone(m.Failures), func(t time.Time) bool { return now.Sub(t) > s.Policy.RestartWindow })
 	return m
+}
+
+// held returns the peers whose connections were taken down by hand. One stays so until it tries to connect again, which nobody but a person makes it do.
+func held(before []string, s *Snapshot) (names []string) {
+	if !s.Fresh {
+		return before // only the stream of events tells who ended a connection
+	}
+	if s.Res == nil {
+		return nil // taken down whole; it begins anew
+	}
+	for _, c := range s.Res.Connections {
+		ended := c.State == drbd.StandAlone || c.State == drbd.Disconnecting
+		if ended && (c.ByHand == drbd.Yes || c.ByHand == drbd.Unknown && slices.Contains(before, c.Name)) {
+			names = append(names, c.Name)
+		}
+	}
+	return names
 }
 
 // countFailure notes that the controller went down without our doing. Each fall is counted once.

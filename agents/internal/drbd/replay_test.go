@@ -224,7 +224,7 @@ func comparable(r drbd.Resource) drbd.Resource {
 		r.Devices[i].Backing = ""
 	}
 	for i := range r.Connections {
-		r.Connections[i].Paths = nil
+		r.Connections[i].Paths, r.Connections[i].Reached = nil, false
 	}
 	return r
 }
@@ -251,4 +251,35 @@ func TestReplay_FirstScenarioEnds(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Who ended a connection is told right in every recording: only the driver of evict gave `disconnect`; all else was refused by DRBD.
+func TestReplay_WhoEndedTheConnection(t *testing.T) {
+	files, err := filepath.Glob(filepath.Join(traces(t), "lab", "*", "events2-*.log"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no recordings: %v", err)
+	}
+	counts := map[string]int{}
+	for _, file := range files {
+		run, node := filepath.Base(filepath.Dir(file)), strings.Split(filepath.Base(file), "-")[1]
+		last := map[string]drbd.ConnState{}
+		replay(t, file, func(_ time.Duration, st *drbd.State) {
+			for _, r := range st.Resources {
+				for _, c := range r.Connections {
+					key := r.Name + "/" + c.Name
+					if c.State == drbd.StandAlone && last[key] == drbd.Disconnecting {
+						counts[run+" "+node+" by hand: "+c.ByHand.String()]++
+					}
+					last[key] = c.State
+				}
+			}
+		})
+	}
+	for what, n := range counts {
+		// In each of three runs n2 and n3 left n1 on five resources.
+		if want := map[string]int{"evict n2 by hand: yes": 15, "evict n3 by hand: yes": 15}[what]; strings.HasSuffix(what, "yes") && n != want || strings.HasSuffix(what, "unknown") {
+			t.Errorf("%s: %d times, want %d", what, n, want)
+		}
+	}
+	t.Log(counts)
 }

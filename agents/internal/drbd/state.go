@@ -109,11 +109,15 @@ type Device struct {
 
 // Connection is the link to one peer.
 type Connection struct {
-	PeerNodeID  int          `json:"peer_node_id"`
-	Name        string       `json:"name"`
-	State       ConnState    `json:"connection"`
-	Role        Role         `json:"role"` // the peer's
+	PeerNodeID int       `json:"peer_node_id"`
+	Name       string    `json:"name"`
+	State      ConnState `json:"connection"`
+	Role       Role      `json:"role"` // the peer's
+	// ByHand tells whether a connection that is Disconnecting or StandAlone was taken down by a command on this host, as opposed to refused by DRBD. Unknown: that
+	// was not seen, or the connection is in another state.
+	ByHand      Tri          `json:"by_hand"`
 	PeerDevices []PeerDevice `json:"peer_devices"`
+	Reached     bool         `json:"-"` // a path has come up since the connection waits for its peer
 	Paths       []Path       `json:"paths"`
 }
 
@@ -394,15 +398,35 @@ func (s *State) connection(name string, e *Event) error {
 
 func (c *Connection) apply(e *Event) {
 	if e.Verb != Change {
-		c.State, c.Role = "", ""
+		c.State, c.Role, c.ByHand = "", "", Unknown
 	}
 	for _, f := range e.Fields {
 		switch f.Key {
 		case "connection":
-			c.State = ConnState(f.Value)
+			c.move(ConnState(f.Value))
 		case "role":
 			c.Role = Role(f.Value)
 		}
+	}
+}
+
+// move changes the state and notes who ended the connection. DRBD refuses a peer in the middle of connecting, when a path has come up (it may be down again
+// when the refusal is told); a command ends what is connected, or what waits for the peer. So in recordings heal-1, heal-2 and evict.
+func (c *Connection) move(to ConnState) {
+	from := c.State
+	c.State = to
+	switch {
+	case to == from:
+	case to == StandAlone && from == Disconnecting:
+	case to == Disconnecting && from == Connected:
+		c.ByHand = Yes
+	case to == Disconnecting && len(c.Paths) > 0:
+		c.ByHand = TriOf(!c.Reached)
+	default:
+		c.ByHand = Unknown
+	}
+	if to != from && (to == Unconnected || to == Connecting) {
+		c.Reached = false
 	}
 }
 
@@ -450,6 +474,7 @@ func (c *Connection) applyPath(e *Event) {
 	}
 	if v, ok := e.Get("established"); ok {
 		c.Paths[i].Established = parseTri(v)
+		c.Reached = c.Reached || v == "yes"
 	}
 }
 

@@ -104,6 +104,7 @@ type conn struct {
 	epoch    int
 	wasOwner bool // the peer was Primary when it was lost
 	outdated bool // the peer's disk was known Outdated when it left
+	linked   bool // a path is up although it is not connected
 }
 
 // New makes the cluster, all hosts down.
@@ -309,12 +310,15 @@ func (c *Cluster) noticeClosed(x, p *Node) {
 	})
 }
 
-// drop is the loss of a connection as x sees it.
-func (n *Node) drop(p *Node) {
+// drop is the loss of a connection as n sees it.
+func (n *Node) drop(p *Node) { n.leave(p, "NetworkFailure") }
+
+// leave ends a connection, with the state that it has next.
+func (n *Node) leave(p *Node, state string) {
 	k := n.conn(p)
 	k.epoch++
 	k.wasOwner, k.outdated = k.primary, k.disk == "Outdated"
-	k.state, k.disk, k.repl, k.primary = "NetworkFailure", "DUnknown", "Off", false
+	k.state, k.disk, k.repl, k.primary = state, "DUnknown", "Off", false
 	if k.wasOwner && !n.primary && n.disk == "UpToDate" {
 		n.disk = "Consistent" // until the survivors have agreed
 		n.agree(n.c.between(20*time.Millisecond, 120*time.Millisecond))
@@ -600,21 +604,29 @@ func (c *Cluster) refuse(stale, fresh *Node) {
 	for _, x := range []struct{ n, p *Node }{{stale, fresh}, {fresh, stale}} {
 		k := x.n.conn(x.p)
 		k.epoch++
+		k.linked = true
+		x.n.settle()
 		k.state = "Disconnecting"
 		x.n.settle()
-		epoch := k.epoch
-		c.sched.After(c.between(60*time.Millisecond, 300*time.Millisecond), func() {
-			if k.epoch == epoch && x.n.alive {
-				k.state = "StandAlone"
-				x.n.settle()
-			}
-		})
+		k.linked = false
+		x.n.standAlone(k)
 	}
 	if stale.suspended {
 		stale.disk = "Outdated"
 		stale.completeSuspended()
 		stale.settle()
 	}
+}
+
+// standAlone ends a connection that is Disconnecting.
+func (n *Node) standAlone(k *conn) {
+	epoch := k.epoch
+	n.c.sched.After(n.c.between(60*time.Millisecond, 300*time.Millisecond), func() {
+		if k.epoch == epoch && n.alive {
+			k.state = "StandAlone"
+			n.settle()
+		}
+	})
 }
 
 // compare starts a resync when the two disks differ.
@@ -985,18 +997,24 @@ func (n *Node) Connect(peerID int) *Error {
 	return nil
 }
 
-// Disconnect leaves a peer for good, until Connect.
+// Disconnect leaves a peer for good, until Connect: drbdsetup disconnect --force.
 func (n *Node) Disconnect(peerID int) *Error {
 	if !n.up || peerID < 0 || peerID >= len(n.c.nodes) || peerID == n.ID {
 		return errUnknownRes
 	}
 	p := n.c.nodes[peerID]
-	if n.conn(p).state == "Connected" {
-		n.drop(p)
+	switch k := n.conn(p); k.state {
+	case "StandAlone":
+		return nil
+	case "Connected":
+		n.leave(p, "Disconnecting")
+		n.standAlone(k)
+	default:
+		k.epoch++
+		k.state = "Disconnecting"
+		n.settle()
+		n.standAlone(k)
 	}
-	n.conn(p).epoch++
-	n.conn(p).state = "StandAlone"
-	n.settle()
 	return nil
 }
 

@@ -104,7 +104,7 @@ func (n *Node) render() (map[string]string, []string) {
 		put(fmt.Sprintf("peer-device name:%s peer-node-id:%d conn-name:%s volume:0", name, k.peer.ID, k.peer.Name), " replication:%s peer-disk:%s peer-client:%s resync-suspended:no", k.repl, k.disk, client)
 	}
 	for _, k := range n.conns {
-		put(fmt.Sprintf("path name:%s peer-node-id:%d conn-name:%s local:ipv4:%s:7000 peer:ipv4:%s:7000", name, k.peer.ID, k.peer.Name, n.Address(), k.peer.Address()), " established:%s", yn(k.state == "Connected"))
+		put(fmt.Sprintf("path name:%s peer-node-id:%d conn-name:%s local:ipv4:%s:7000 peer:ipv4:%s:7000", name, k.peer.ID, k.peer.Name, n.Address(), k.peer.Address()), " established:%s", yn(k.state == "Connected" || k.linked))
 	}
 	return out, order
 }
