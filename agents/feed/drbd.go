@@ -1,24 +1,19 @@
 package feed
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os/exec"
-	"strings"
 	"time"
 
 	"github.com/xostor-agents/xostor-agents/agents/internal/drbd"
 	"github.com/xostor-agents/xostor-agents/bus"
 )
 
-const (
-	drbdLine   = 64 << 10         // Bytes of one line; real ones have about 400.
-	drbdAbsent = 30 * time.Second // Between two tries where DRBD is not installed.
-)
+const drbdAbsent = 30 * time.Second // Between two tries where DRBD is not installed.
 
 // DRBDSource is a stream of what `drbdsetup events2 --full --poll` prints for all resources of this host. Follow gives a new stream to read until ctx ends or
 // the stream breaks; each call begins with a whole dump.
@@ -31,26 +26,7 @@ type DRBDEvents struct{ Program string }
 
 // Follow implements DRBDSource.
 func (s DRBDEvents) Follow(ctx context.Context, read func(io.Reader) error) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, s.Program, "events2", "--full", "--poll")
-	cmd.WaitDelay = time.Second
-	stdin, err := cmd.StdinPipe() // With --poll the child lives as long as its stdin is open.
-	if err != nil {
-		return fmt.Errorf("start drbd events: %w", err)
-	}
-	defer func() { _ = stdin.Close() }() // The child is gone by then.
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return fmt.Errorf("start drbd events: %w", err)
-	}
-	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("start drbd events: %w", err)
-	}
-	err = read(out)
-	cancel()
-	_ = cmd.Wait() // We ended it ourselves, or what it read says more.
-	return err
+	return drbd.FollowEvents(ctx, s.Program, "", read)
 }
 
 // DRBDResource is a row of the table drbd.<host>: one resource as this host sees it. Pointers are absent when DRBD has not told.
@@ -172,42 +148,14 @@ func (f *DRBDFeed) Run(ctx context.Context) {
 // publishDRBD reads one stream to its end. The table is filled when the dump is complete, then follows group by group: what the kernel changed at once is
 // published at once.
 func publishDRBD(r io.Reader, table *bus.Table[DRBDResource]) error {
-	in := bufio.NewReaderSize(r, drbdLine)
-	var st drbd.State
-	var ev drbd.Event
-	filled, touched := false, map[string]bool{}
-	for {
-		line, err := in.ReadSlice('\n')
-		if err != nil {
-			return fmt.Errorf("read drbd events: %w", err)
-		}
-		text := strings.TrimSpace(string(line))
-		if text == "" || text[0] == '#' {
-			continue
-		}
-		if err := ev.Parse(text); err != nil {
-			return err
-		}
-		if err := st.Apply(&ev); err != nil {
-			return err
-		}
-		if st.Skipped > 0 {
-			return drbd.ErrSkipped
-		}
-		for _, key := range []string{"name", "new_name"} {
-			if name, ok := ev.Get(key); ok {
-				touched[name] = true
-			}
-		}
-		if !st.Complete || in.Buffered() > 0 {
-			continue
-		}
-		if err := apply(table, &st, touched, !filled); err != nil {
+	filled := false
+	return drbd.ReadGroups(r, func(st *drbd.State, touched map[string]bool) error {
+		if err := apply(table, st, touched, !filled); err != nil {
 			return err
 		}
 		filled = true
-		clear(touched)
-	}
+		return nil
+	})
 }
 
 // apply brings the table up to the state: all of it, or what was touched.

@@ -109,7 +109,7 @@ func eventuallyInBubble[T any](t *testing.T, m *bus.Mirror[T], ok func() bool) {
 }
 
 func TestDRBD_GarbledLinesEndTheStream(t *testing.T) {
-	for _, bad := range []string{"", "\x00\xff\n", "exists resource\n", drbdDump + "change resource name:r1 ro", drbdDump + "- skipped 3\n", drbdDump + "change device name:r1 volume:x\n", strings.Repeat("x", drbdLine+1)} {
+	for _, bad := range []string{"", "\x00\xff\n", "exists resource\n", drbdDump + "change resource name:r1 ro", drbdDump + "- skipped 3\n", drbdDump + "change device name:r1 volume:x\n", strings.Repeat("x", 1<<17)} {
 		table := tableOf(t)
 		if err := publishDRBD(strings.NewReader(bad), table); err == nil {
 			t.Errorf("%.40q ended without an error", bad)

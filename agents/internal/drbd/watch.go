@@ -31,9 +31,19 @@ const maxLine = 64 << 10
 
 // Follow implements Source.
 func (s Events2) Follow(ctx context.Context, view func(*Resource)) error {
+	return FollowEvents(ctx, cmp.Or(s.Program, "drbdsetup"), s.Resource, func(r io.Reader) error { return ReadEvents(r, s.Resource, view) })
+}
+
+// FollowEvents runs `drbdsetup events2 --full --poll`, for one resource or with "" for all of this host, and gives read what it prints until ctx ends or read
+// returns. The error says why the stream ended: the program's refusal (ErrNoModule, *CommandError) before read's own.
+func FollowEvents(ctx context.Context, program, resource string, read func(io.Reader) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, cmp.Or(s.Program, "drbdsetup"), "events2", "--full", "--poll", s.Resource)
+	args := []string{"events2", "--full", "--poll"}
+	if resource != "" {
+		args = append(args, resource)
+	}
+	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.WaitDelay = time.Second
 	stdin, err := cmd.StdinPipe() // with --poll the child lives as long as its stdin is open
 	if err != nil {
@@ -49,7 +59,7 @@ func (s Events2) Follow(ctx context.Context, view func(*Resource)) error {
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start events2: %w", err)
 	}
-	readErr := ReadEvents(out, s.Resource, view)
+	readErr := read(out)
 	cancel()
 	waitErr := cmd.Wait()
 	if exit, ok := errors.AsType[*exec.ExitError](waitErr); ok && exit.ExitCode() > 0 {
@@ -78,12 +88,27 @@ func (t *tail) Write(p []byte) (int, error) {
 }
 
 // ReadEvents reads lines of events2 until they end or one cannot be read, and shows the resource each time the lines pause after the initial dump.
-// The error is io.EOF at an orderly end; a garbled line is an error matching ErrSyntax, because what it said is lost; so is
-// a report of skipped events (ErrSkipped).
+// Errors are those of ReadGroups.
 func ReadEvents(r io.Reader, resource string, view func(*Resource)) error {
+	return ReadGroups(r, func(st *State, _ map[string]bool) error {
+		var v *Resource
+		if r := st.Resources[resource]; r != nil {
+			v = r.Clone()
+		}
+		view(v)
+		return nil
+	})
+}
+
+// ReadGroups reads lines of events2 until they end or one cannot be read, and calls group each time the lines pause after the initial dump, with the state, which
+// stays the reader's, and the names of the resources that the lines since the last call were about.
+// The error is io.EOF at an orderly end, or group's; a garbled line is an error matching ErrSyntax, because what it said is lost; so is
+// a report of skipped events (ErrSkipped).
+func ReadGroups(r io.Reader, group func(st *State, touched map[string]bool) error) error {
 	in := bufio.NewReaderSize(r, maxLine)
 	var st State
 	var ev Event
+	touched := map[string]bool{}
 	for {
 		line, err := in.ReadSlice('\n')
 		if errors.Is(err, bufio.ErrBufferFull) {
@@ -105,13 +130,17 @@ func ReadEvents(r io.Reader, resource string, view func(*Resource)) error {
 		if st.Skipped > 0 {
 			return ErrSkipped
 		}
+		for _, key := range []string{"name", "new_name"} {
+			if name, ok := ev.Get(key); ok {
+				touched[name] = true
+			}
+		}
 		// The kernel's transition comes as one group, written at once: what is still in the buffer belongs to it.
 		if st.Complete && !moreLines(in) {
-			var v *Resource
-			if r := st.Resources[resource]; r != nil {
-				v = r.Clone()
+			if err := group(&st, touched); err != nil {
+				return err
 			}
-			view(v)
+			clear(touched)
 		}
 	}
 }
