@@ -3,6 +3,7 @@ package failover_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"strings"
@@ -252,6 +253,17 @@ func TestFailover_Backup(t *testing.T) {
 	out.Reset()
 	if err := cmd.Run(t.Context(), []string{"restore", "--plan"}); err != nil || !strings.Contains(out.String(), "sha256sum -c") || !strings.Contains(out.String(), o.Name) {
 		t.Errorf("restore --plan: %v\n%s", err, out.String())
+	}
+	cmd.JSON = true
+	out.Reset()
+	var plan struct{ Steps []string }
+	if err := cmd.Run(t.Context(), []string{"restore", "--plan"}); err != nil || json.Unmarshal(out.Bytes(), &plan) != nil || len(plan.Steps) == 0 {
+		t.Errorf("restore --plan as JSON: %v\n%s", err, out.String())
+	}
+	out.Reset()
+	var listed []struct{ Name, Check string }
+	if err := cmd.Run(t.Context(), []string{"backups"}); err != nil || json.Unmarshal(out.Bytes(), &listed) != nil || len(listed) == 0 || listed[0].Check != "good" {
+		t.Errorf("backups as JSON: %v\n%s", err, out.String())
 	}
 }
 

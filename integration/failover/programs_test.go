@@ -41,15 +41,23 @@ type agentConfig struct {
 	Jobs       string // file that notes each start sent to systemd: nanoseconds since 1970, unit
 }
 
+// needPool skips the test when what a pool takes is missing, and names it. With XOSTOR_TEST_STRICT=1 that is a failure.
+func needPool(tb testing.TB) {
+	tb.Helper()
+	why := realpool.Missing()
+	switch {
+	case why == "":
+	case os.Getenv("XOSTOR_TEST_STRICT") == "1":
+		tb.Fatal(why)
+	default:
+		tb.Skip(why)
+	}
+}
+
 // newPool boots three hosts; the agents are this binary, with short pauses.
 func newPool(tb testing.TB, onNoQuorum string) *realpool.Pool {
 	tb.Helper()
-	if why := realpool.Missing(); why != "" {
-		if os.Getenv("XOSTOR_TEST_STRICT") == "1" {
-			tb.Fatal(why)
-		}
-		tb.Skip(why)
-	}
+	needPool(tb)
 	o := realpool.Options{OnNoQuorum: onNoQuorum, Agent: agentCommand}
 	if _, ok := tb.(*testing.B); ok {
 		// A small program starts as fast as drbd-utils does; the test binary takes milliseconds more.

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -29,9 +30,12 @@ import (
 type Options struct {
 	OnNoQuorum string // DRBD's on-no-quorum: "io-error" (default) or "suspend-io"
 	Face       string // program that stands in for drbdsetup and drbdadm; the own executable, which must begin with Main
-	// Agent makes the command that runs the failover agent on a host, inside its namespaces, such as h.In.Command(...). The pool adds the environment.
+	// Xostor is the real program: the agent is then the unit AgentUnit, as on a dom0, configured by WriteConfig.
+	Xostor     string
+	ProbeEvery time.Duration // then: between two probes of the controller; the shipped default
+	// Agent, without Xostor, makes the command that runs the failover agent on a host, inside its namespaces, such as h.In.Command(...). The pool adds the environment.
 	Agent    func(h *Host) (*exec.Cmd, error)
-	AgentExe string // the program that the agent's process runs; the own executable
+	AgentExe string // the program that the agent's process runs; Xostor or the own executable
 }
 
 // Pool is three hosts with real systemd and one DRBD model.
@@ -120,6 +124,7 @@ var names = failover.Names{Resource: "xcp-persistent-database", Controller: Cont
 const (
 	Controller = "linstor-controller.service"
 	MountUnit  = "var-lib-linstor.service"
+	AgentUnit  = "xostor-failover.service" // only with Options.Xostor
 )
 
 // Missing says what a pool needs and this machine lacks; "": nothing.
@@ -159,6 +164,11 @@ func New(tb sdns.TB, o Options) *Pool {
 	}
 	exe, err := os.Executable()
 	must(tb, err)
+	if o.Xostor != "" {
+		o.Xostor, err = filepath.Abs(o.Xostor)
+		must(tb, err)
+		o.AgentExe = o.Xostor
+	}
 	for _, program := range []*string{&o.Face, &o.AgentExe} {
 		if *program == "" {
 			*program = exe
@@ -170,7 +180,7 @@ func New(tb sdns.TB, o Options) *Pool {
 	must(tb, err)
 	tb.Cleanup(func() { _ = os.RemoveAll(dir) })
 	p := &Pool{tb: tb, o: o, exe: exe, Dir: dir, Wall: &drbdsim.Wall{}}
-	p.Cluster = drbdsim.New(drbdsim.Config{Resource: names.Resource, OnNoQuorum: o.OnNoQuorum, RRConflict: "disconnect", OnSuspended: "disconnect", Seed: 1, PingInt: time.Second,
+	p.Cluster = drbdsim.New(drbdsim.Config{Resource: names.Resource, OnNoQuorum: o.OnNoQuorum, RRConflict: "disconnect", OnSuspended: "disconnect", Seed: 1, PingInt: time.Second, Network: network(),
 		Nodes: []drbdsim.NodeConfig{{Name: "h1", Diskful: true}, {Name: "h2", Diskful: true}, {Name: "h3", Diskful: true}}}, p.Wall)
 	p.Server = &drbdsim.Server{Cluster: p.Cluster, Wall: p.Wall}
 	l, err := net.Listen("unix", filepath.Join(dir, "drbd"))
@@ -188,6 +198,14 @@ func New(tb sdns.TB, o Options) *Pool {
 		h.StartAgent()
 	}
 	return p
+}
+
+var pools atomic.Int32
+
+// network is the first three numbers of loopback addresses that no other pool on this machine has: tests of several packages run at once.
+func network() string {
+	id := os.Getpid() + 251*int(pools.Add(1)-1)
+	return fmt.Sprintf("127.%d.%d", 128+id>>8&127, id&255)
 }
 
 // freePort is a port that is free on all hosts' addresses, for UDP and TCP.
@@ -228,7 +246,12 @@ func (p *Pool) newHost(i int) *Host {
 		MountUnit: "[Unit]\nDefaultDependencies=no\n[Service]\nType=oneshot\nRemainAfterExit=yes\n" + env + out +
 			fmt.Sprintf("ExecStart=/bin/sh -c '%s sim-may-open && mount -w %s %s'\nExecStop=/bin/umount %s\n", p.Drbdsetup(), h.loop, h.MountPoint, h.MountPoint),
 		Controller: "[Unit]\nDefaultDependencies=no\n[Service]\nType=notify\nTimeoutStartSec=240\nTimeoutStopSec=90\nSuccessExitStatus=143\n" + out +
-			fmt.Sprintf("Environment=%s=controller DIR=%s ADDRESS=%s:3370 MODE=%s\nExecStart=%s\n", EnvProgram, h.MountPoint, h.Node.Address(), h.ModeFile(), p.exe),
+			fmt.Sprintf("Environment=%s=controller DIR=%s ADDRESS=%s:3370 MODE=%s\nExecStart=%q\n", EnvProgram, h.MountPoint, h.Node.Address(), h.ModeFile(), p.exe),
+	}
+	if p.o.Xostor != "" {
+		must(tb, h.WriteConfig(""))
+		units[AgentUnit] = "[Unit]\nDefaultDependencies=no\n[Service]\nType=notify\nWatchdogSec=30\nRestart=always\nRestartSec=100ms\n" + env +
+			fmt.Sprintf("Environment=%s=%s\nStandardError=append:%s\nExecStart=%q agent failover --config %s --log-level debug\n", EnvProgram, programAgent, h.agentLog(), p.o.Xostor, h.ConfigFile())
 	}
 	h.In = sdns.Start(tb, h.Dir, units)
 	h.units = &systemd.Units{Private: "/nonexistent", Bus: h.In.Bus()}
@@ -246,6 +269,59 @@ func (h *Host) ResDir() string { return filepath.Join(h.Dir, "res") }
 
 // StateDir is where the agent keeps what survives it.
 func (h *Host) StateDir() string { return filepath.Join(h.Dir, "state") }
+
+// ConfigFile is the configuration of the shipped agent.
+func (h *Host) ConfigFile() string { return filepath.Join(h.Dir, "agents.toml") }
+
+func (h *Host) agentLog() string { return filepath.Join(h.Dir, "agent.log") }
+
+// WriteConfig writes ConfigFile and the dom0's files that it names; extra is appended. No XAPI is behind it. Whether a bus is, is the caller's choice: BusSocket.
+func (h *Host) WriteConfig(extra string) error {
+	probe := ""
+	if h.p.o.ProbeEvery > 0 {
+		probe = fmt.Sprintf("probe_every = %q\n", h.p.o.ProbeEvery)
+	}
+	text := fmt.Sprintf(`[host]
+pool_conf = %q
+inventory = %q
+name = %q
+[xapi]
+socket = %q
+[bus]
+socket = %q
+store = %q
+cluster = false
+ptoken = %q
+[agents.failover]
+name = %q
+listen = %q
+port = %d
+socket = %q
+state_dir = %q
+backup_dir = %q
+mount_point = %q
+controller_url = %q
+res_dir = %q
+reactor_config = %q
+reactor_dir = %q
+drbdsetup = %q
+drbdadm = %q
+device_major = %d
+%s%s`, h.file("pool.conf"), h.file("inventory"), h.Name, h.file("xapi"), h.BusSocket(), h.file("bus"), h.p.file("ptoken"), h.Name, h.Node.Address(), h.p.Port, h.Socket(), h.StateDir(),
+		h.file("backups"), h.MountPoint, h.URL(), h.ResDir(), h.file("reactor.toml"), h.file("reactor.d"), h.p.Drbdsetup(), h.p.Drbdadm(), LoopMajor, probe, extra)
+	for path, text := range map[string]string{h.ConfigFile(): text, h.file("pool.conf"): "master", h.file("inventory"): "INSTALLATION_UUID='uuid-of-" + h.Name + "'\n", h.p.file("ptoken"): "the secret of a pool for trying out\n"} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			return fmt.Errorf("write configuration: %w", err)
+		}
+	}
+	return nil
+}
+
+func (h *Host) file(name string) string { return filepath.Join(h.Dir, name) }
+func (p *Pool) file(name string) string { return filepath.Join(p.Dir, name) }
+
+// BusSocket is where the bus of the host would be.
+func (h *Host) BusSocket() string { return h.file("bus.sock") }
 
 // ModeFile rules how the stand-in controller behaves; see Main.
 func (h *Host) ModeFile() string { return filepath.Join(h.Dir, "mode") }
@@ -363,10 +439,14 @@ func (h *Host) thaw() {
 	}
 }
 
-// StartAgent starts the host's agent.
+// StartAgent starts the host's agent. As a unit it is started again by systemd when it dies.
 func (h *Host) StartAgent() {
 	tb := h.p.tb
-	log, err := os.OpenFile(filepath.Join(h.Dir, "agent.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if h.p.o.Xostor != "" {
+		must(tb, h.units.Start(tb.Context(), AgentUnit))
+		return
+	}
+	log, err := os.OpenFile(h.agentLog(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	must(tb, err)
 	defer log.Close()
 	agent, err := h.p.o.Agent(h)
@@ -382,6 +462,16 @@ func (h *Host) StartAgent() {
 	h.agent, h.ended = agent, ended
 }
 
+// Units is the host's systemd, from outside.
+func (h *Host) Units() *systemd.Units { return h.units }
+
+// Xostor is a call of the real program on the host, with the host's configuration. PIDs finds what still runs of it by the name of its command.
+func (h *Host) Xostor(args ...string) *exec.Cmd {
+	cmd := h.In.Command(append(append([]string{h.p.o.Xostor}, args...), "--config", h.ConfigFile())...)
+	cmd.Env = append(os.Environ(), EnvProgram+"="+args[0], drbdsim.EnvSocket+"="+filepath.Join(h.p.Dir, "drbd"), drbdsim.EnvNode+"="+h.Name)
+	return cmd
+}
+
 // SignalAgent sends a signal to the agent, from outside.
 func (h *Host) SignalAgent(sig syscall.Signal) {
 	for _, pid := range h.PIDs(programAgent) {
@@ -389,7 +479,7 @@ func (h *Host) SignalAgent(sig syscall.Signal) {
 	}
 }
 
-// EndAgent kills the agent as a crash does.
+// EndAgent kills the agent as a crash does, and leaves it dead. Not for the unit.
 func (h *Host) EndAgent() {
 	if h.agent == nil {
 		return
@@ -400,9 +490,6 @@ func (h *Host) EndAgent() {
 	h.agent = nil
 }
 
-// AgentEnded is closed when the agent's process has ended.
-func (h *Host) AgentEnded() <-chan struct{} { return h.ended }
-
 // SignalController sends a signal to the controller's process, from outside.
 func (h *Host) SignalController(sig syscall.Signal) {
 	for _, pid := range h.PIDs(programController) {
@@ -410,13 +497,16 @@ func (h *Host) SignalController(sig syscall.Signal) {
 	}
 }
 
-// PIDs finds the host's processes of one program ("agent" or "controller") by their environment, as seen from outside.
+// PIDs finds the host's processes of one program ("agent", "controller", or what Xostor runs) by their environment, as seen from outside.
 func (h *Host) PIDs(program string) (out []int) {
 	ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/pid", h.In.PID))
 	if err != nil {
 		return nil
 	}
-	want := map[string]string{programAgent: h.p.o.AgentExe, programController: h.p.exe}[program]
+	want := h.p.o.AgentExe
+	if program == programController {
+		want = h.p.exe
+	}
 	dirs, _ := filepath.Glob("/proc/[0-9]*")
 	for _, d := range dirs {
 		if to, err := os.Readlink(d + "/ns/pid"); err != nil || to != ns {
@@ -457,7 +547,7 @@ func (p *Pool) Until(limit time.Duration, what string, cond func() bool) {
 // Dump logs the last words of all agents and units, and what happened on the hosts.
 func (p *Pool) Dump() {
 	for _, h := range p.Hosts {
-		log, _ := os.ReadFile(filepath.Join(h.Dir, "agent.log"))
+		log, _ := os.ReadFile(h.agentLog())
 		units, _ := os.ReadFile(filepath.Join(h.Dir, "units.log"))
 		lines := strings.Split(string(log), "\n")
 		h.mu.Lock()
@@ -529,8 +619,10 @@ func (p *Pool) Die(h *Host) {
 		return err == nil
 	})
 	p.tb.Cleanup(func() { _ = silent.Close() })
-	<-h.ended
-	h.agent = nil
+	if h.agent != nil {
+		<-h.ended
+		h.agent = nil
+	}
 }
 
 // Client talks to the host's agent.

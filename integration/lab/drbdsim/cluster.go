@@ -19,6 +19,7 @@ type Config struct {
 	PingInt     time.Duration // 10 s
 	PingTimeout time.Duration // 0.5 s
 	Seed        uint64
+	Network     string // first three numbers of the hosts' addresses; "127.0.7"
 }
 
 // NodeConfig is one host.
@@ -114,6 +115,9 @@ func New(cfg Config, sched Scheduler) *Cluster {
 	}
 	if cfg.PingTimeout == 0 {
 		cfg.PingTimeout = 500 * time.Millisecond
+	}
+	if cfg.Network == "" {
+		cfg.Network = "127.0.7"
 	}
 	c := &Cluster{Config: cfg, sched: sched, rng: rand.New(rand.NewPCG(cfg.Seed, 1)), cut: map[[2]int]bool{}}
 	for i, n := range cfg.Nodes {

@@ -110,7 +110,7 @@ func (n *Node) render() (map[string]string, []string) {
 }
 
 // Address is the host's address on the storage network.
-func (n *Node) Address() string { return fmt.Sprintf("127.0.7.%d", n.ID+1) }
+func (n *Node) Address() string { return fmt.Sprintf("%s.%d", n.c.Network, n.ID+1) }
 
 // emit prints the objects that changed, as one group.
 func (n *Node) emit() {
