@@ -77,7 +77,7 @@ type Step struct {
 // open said that its kernel lives.
 func DecideCandidate(now time.Time, t Timing, v View) Step {
 	if join := rejoin(v); join != "" {
-		return Step{Join: join, Why: "the host whose link was cut says that it does not hold the device"}
+		return Step{Join: join, Why: "the host whose link was cut answers again"}
 	}
 	if v.Served || v.Opening {
 		return Step{}
@@ -216,13 +216,17 @@ func cutSince(v View, t time.Time) bool {
 	return false
 }
 
-// rejoin is a host whose link was cut and that has answered since: it no longer holds the device, or it serves again and
-// the eviction found no majority.
+// rejoin is a host whose link was cut and that has answered since: it no longer holds the device, or it is the one that
+// answers this host's requests, because the eviction found no majority. A host that only says that it serves may not have
+// noticed yet that it was evicted, and DRBD refuses to connect a Primary that was.
 func rejoin(v View) string {
 	hosts := make([]string, 0, len(v.Cut))
 	for host, at := range v.Cut {
 		for _, p := range v.Peers {
-			if p.Host == host && p.Answer != Silent && p.At.After(at) {
+			if p.Host != host || !p.At.After(at) {
+				continue
+			}
+			if p.Answer == NotOwner || p.Answer == Refused || p.Answer == Serves && v.Served && v.Owner == host && v.Heard.After(at) {
 				hosts = append(hosts, host)
 			}
 		}

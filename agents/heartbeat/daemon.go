@@ -334,7 +334,7 @@ func (d *Daemon) search(ctx context.Context) {
 		}
 		a.busy = true
 		d.asks.Go(func() {
-			d.try(ctx, p)
+			d.try(ctx, p, linked)
 			d.mu.Lock()
 			a.busy, a.done = false, time.Now()
 			d.mu.Unlock()
@@ -353,12 +353,20 @@ func first(b bool) int {
 	return 0
 }
 
-// try asks one host to serve.
-func (d *Daemon) try(ctx context.Context, p PeerAddress) {
-	l, err := d.dial(ctx, p, d.addresses(p))
+// try asks one host to serve, or only whether it would.
+func (d *Daemon) try(ctx context.Context, p PeerAddress, only bool) {
+	name := d.sessionHost()
+	if only {
+		name += "~q" // A session of this host's own name would end the one that serves it.
+	}
+	l, err := d.dial(ctx, p, d.addresses(p), name)
 	if err == nil {
 		d.note(p.Host, Serves, "")
-		d.front.attach(l)
+		if only {
+			l.client.Close()
+		} else {
+			d.front.attach(l)
+		}
 		return
 	}
 	var refusal *nbd.Refusal
@@ -389,7 +397,7 @@ const (
 )
 
 // dial connects to a host's daemon over its first address that answers. A refusal by NBD is an answer.
-func (d *Daemon) dial(ctx context.Context, p PeerAddress, addrs []string) (*ownerLink, error) {
+func (d *Daemon) dial(ctx context.Context, p PeerAddress, addrs []string, name string) (*ownerLink, error) {
 	err := fmt.Errorf("host %s has no address", p.Host)
 	refused := 0
 	for i, addr := range addrs {
@@ -401,8 +409,12 @@ func (d *Daemon) dial(ctx context.Context, p PeerAddress, addrs []string) (*owne
 			}
 			continue
 		}
+		limit := handshakeTime
+		if i < len(addrs)-1 {
+			limit = connectTime + d.timing().Settle // Another address may be quicker than a network that loses packets.
+		}
 		var client *nbd.Client
-		if client, err = d.open(ctx, conn); err == nil {
+		if client, err = d.open(ctx, conn, name, limit); err == nil {
 			return &ownerLink{client: client, owner: p.Host, addr: addr, fallback: i > 0}, nil
 		}
 		if errors.As(err, new(*nbd.Refusal)) {
@@ -415,17 +427,21 @@ func (d *Daemon) dial(ctx context.Context, p PeerAddress, addrs []string) (*owne
 	return nil, err
 }
 
-// open begins a session on conn.
-func (d *Daemon) open(ctx context.Context, conn net.Conn) (*nbd.Client, error) {
-	name := d.c.Host
+// sessionHost is this process in its sessions' names.
+func (d *Daemon) sessionHost() string {
 	if d.c.Monitor {
-		name += "~m"
+		return d.c.Host + "~m"
 	}
+	return d.c.Host
+}
+
+// open begins a session on conn.
+func (d *Daemon) open(ctx context.Context, conn net.Conn, name string, limit time.Duration) (*nbd.Client, error) {
 	o := nbd.Options{Name: sessionName(d.c.Export, name, Session{d.c.Boot, sinceBoot()})}
 	if d.c.Identity != nil {
 		o.TLS = d.c.Identity.Client(poolcert.PoolName)
 	}
-	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	return nbd.Connect(ctx, conn, o)
 }
@@ -450,7 +466,7 @@ func (d *Daemon) prefer(ctx context.Context) {
 		return
 	}
 	if d.front.move(l, func() (*ownerLink, error) {
-		client, err := d.open(ctx, conn)
+		client, err := d.open(ctx, conn, d.sessionHost(), handshakeTime)
 		return &ownerLink{client: client, owner: l.owner, addr: addr}, err
 	}) {
 		d.c.Log.Info("back on the storage network", "host", l.owner, "addr", addr)

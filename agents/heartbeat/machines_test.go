@@ -118,7 +118,17 @@ func TestDecideCandidate(t *testing.T) {
 			v.Served = true
 			v.Cut["n1"] = ago(5 * sec)
 			v.Peers = peers(NotOwner, NotOwner, sec)
-		}), Step{Join: "n1", Why: "the host whose link was cut says that it does not hold the device"}},
+		}), Step{Join: "n1", Why: "the host whose link was cut answers again"}},
+		{"the evicted host says that it serves, and another one does: it has not noticed yet, and drbd would refuse it", base(func(v *View) {
+			v.Served, v.Owner, v.Heard = true, "n3", now
+			v.Cut["n1"] = ago(5 * sec)
+			v.Peers = peers(Serves, NotOwner, sec)
+		}), Step{}},
+		{"the host whose link was cut goes on serving this one: there was no majority", base(func(v *View) {
+			v.Served, v.Owner, v.Heard = true, "n1", now
+			v.Cut["n1"] = ago(5 * sec)
+			v.Peers = peers(Serves, NotOwner, sec)
+		}), Step{Join: "n1", Why: "the host whose link was cut answers again"}},
 	} {
 		if d := cmp.Diff(c.want, DecideCandidate(now, tm, c.view)); d != "" {
 			t.Errorf("%s: (-want +got)\n%s", c.name, d)

@@ -7,16 +7,17 @@ import (
 	"time"
 
 	"github.com/xostor-agents/xostor-agents/agents/heartbeat/nbd"
+	"github.com/xostor-agents/xostor-agents/integration/heartbeat/realpool"
 )
 
 // BenchmarkThroughThePool is one request at a time from a local client, through the front of a host that does not own and
 // mutual TLS, to the owner's O_DIRECT file, all in processes of their own.
 func BenchmarkThroughThePool(b *testing.B) {
-	p := newPool(b, 3)
+	p := newPool(b, realpool.Options{})
 	p.served(nil)
-	h := p.hosts[0]
+	h := p.Hosts[0]
 	if p.owner(nil) == h {
-		h = p.hosts[1]
+		h = p.Hosts[1]
 	}
 	c := p.client(h)
 	for _, size := range []int{1024, 4096} {

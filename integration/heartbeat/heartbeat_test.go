@@ -1,11 +1,9 @@
-// Package heartbeat drives the built xostor-heartbeat: three hosts as processes, one file as the device that one of them
-// may open (flock stands in for DRBD's promotion), mutual TLS between them.
+// Package heartbeat drives the built xostor-heartbeat: hosts as processes, with the stand-ins that package realpool names.
 package heartbeat
 
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -14,13 +12,17 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/xostor-agents/xostor-agents/agents/heartbeat/nbd"
 	"github.com/xostor-agents/xostor-agents/agents/heartbeat/statefile"
+	"github.com/xostor-agents/xostor-agents/bus/poolcert"
+	"github.com/xostor-agents/xostor-agents/integration/heartbeat/realpool"
 )
+
+// patience is how long a condition is waited for; on a quiet machine all take seconds.
+const patience = 120 * time.Second
 
 var built struct {
 	once sync.Once
@@ -58,89 +60,49 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// pool is three hosts.
+// pool is a realpool for a test.
 type pool struct {
-	t     testing.TB
-	dir   string
-	disk  string
-	peers string
-	hosts []*host
-	runs  uint32
+	*realpool.Pool
+	t    testing.TB
+	runs uint32
 }
 
-type host struct {
-	name   string
-	socket string
-	runDir string
-	cmd    *exec.Cmd
-	log    bytes.Buffer
-}
-
-const secret = "5f1a7d3e-aaaa/0b6e2c1d-bbbb/c0ffee00-cccc"
-
-func newPool(t testing.TB, n int) *pool {
+// files makes a pool of which no process runs.
+func files(t testing.TB, o realpool.Options) *pool {
 	t.Helper()
-	bin := build(t)
-	dir, err := os.MkdirTemp("", "hb")
+	o.Program = build(t)
+	p, err := realpool.Open(o)
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &pool{t: t, dir: dir, disk: filepath.Join(dir, "disk")}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	image := make([]byte, 4<<20)
-	statefile.Global{Generation: statefile.Nobody, State: statefile.StateActive, Master: statefile.Nobody, Hosts: uint32(n)}.Encode(image)
-	for name, data := range map[string][]byte{"disk": image, "ptoken": []byte(secret)} {
-		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
-			t.Fatal(err)
+	t.Cleanup(func() {
+		if err := p.Close(); err != nil {
+			t.Error(err)
 		}
-	}
-	var list []string
-	for i := range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		list = append(list, fmt.Sprintf("n%d=%s", i+1, l.Addr()))
-		l.Close()
-	}
-	p.peers = strings.Join(list, ",")
-	for i := range n {
-		h := &host{name: fmt.Sprintf("n%d", i+1), socket: filepath.Join(dir, fmt.Sprintf("n%d.nbd", i+1)), runDir: filepath.Join(dir, fmt.Sprintf("r%d", i+1))}
-		p.hosts = append(p.hosts, h)
-		p.start(bin, h)
+	})
+	return &pool{Pool: p, t: t}
+}
+
+// newPool makes a pool and runs it.
+func newPool(t testing.TB, o realpool.Options) *pool {
+	t.Helper()
+	p := files(t, o)
+	if err := p.StartAll(); err != nil {
+		t.Fatal(err)
 	}
 	return p
 }
 
-func (p *pool) start(bin string, h *host) {
+func (p *pool) start(h *realpool.Host) {
 	p.t.Helper()
-	h.cmd = exec.Command(bin, "run", "--host", h.name, "--resource", "xcp-persistent-ha-statefile", "--disk", p.disk, "--peers", p.peers,
-		"--secret", filepath.Join(p.dir, "ptoken"), "--xhad-conf", filepath.Join(p.dir, "none"), "--run-dir", h.runDir, "--socket-path", h.socket, "--kernel", "")
-	h.cmd.Stderr = &h.log
-	h.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	out, err := h.cmd.StdoutPipe()
-	if err != nil {
+	if err := p.Start(h); err != nil {
 		p.t.Fatal(err)
-	}
-	if err := h.cmd.Start(); err != nil {
-		p.t.Fatal(err)
-	}
-	cmd := h.cmd
-	p.t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	line := make([]byte, 256)
-	n, err := out.Read(line)
-	if err != nil || !strings.HasSuffix(strings.TrimSpace(string(line[:n])), "Server ready!") {
-		p.t.Fatalf("%s did not get ready: %q %v\n%s", h.name, line[:n], err, &h.log)
 	}
 }
 
-func (p *pool) client(h *host) *nbd.Client {
+func (p *pool) client(h *realpool.Host) *nbd.Client {
 	p.t.Helper()
-	conn, err := net.Dial("unix", h.socket)
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	c, err := nbd.Connect(p.t.Context(), conn, nbd.Options{})
+	c, err := p.Client(p.t.Context(), h)
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -148,21 +110,44 @@ func (p *pool) client(h *host) *nbd.Client {
 	return c
 }
 
-// owner asks the hosts, except one, who owns.
-func (p *pool) owner(but *host) *host {
+// until waits for a condition of the hosts' own reports.
+func (p *pool) until(what string, ready func() error) {
 	p.t.Helper()
-	for _, h := range p.hosts {
-		if h == but {
-			continue
+	ctx, cancel := context.WithTimeout(p.t.Context(), patience)
+	defer cancel()
+	if err := realpool.Until(ctx, ready); err != nil {
+		for _, h := range p.Hosts {
+			r, err := p.Report(h)
+			p.t.Logf("%s: %+v %v\n%s", h.Name, r, err, h.Log())
 		}
-		out, err := exec.Command(build(p.t), "status", "--json", "--run-dir", h.runDir).Output()
-		var r struct{ Owns bool }
-		if err == nil && json.Unmarshal(out, &r) == nil && r.Owns {
-			return h
-		}
+		p.t.Fatalf("%s: %v", what, err)
 	}
-	p.t.Fatal("nobody owns")
-	return nil
+}
+
+// owner waits until a host, except one, owns.
+func (p *pool) owner(but *realpool.Host) *realpool.Host {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(p.t.Context(), patience)
+	defer cancel()
+	h, err := p.Owner(ctx, but)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return h
+}
+
+// tool runs a command of the program for a host, and returns what it printed and its exit code.
+func (p *pool) tool(h *realpool.Host, args ...string) (string, int) {
+	p.t.Helper()
+	out, err := p.Command(h, args...).CombinedOutput()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		p.t.Fatal(err)
+	}
+	if exit != nil {
+		return string(out), exit.ExitCode()
+	}
+	return string(out), 0
 }
 
 // heart writes its slot and reads all others, one cycle after the other without a pause, and keeps the longest request.
@@ -208,20 +193,20 @@ func beat(ctx context.Context, c *nbd.Client, index, hosts int, from uint32) (r 
 	return r
 }
 
-// run lets all hosts but one beat, waits until each has had a few cycles, does what happens, and returns the longest wait.
-func (p *pool) run(but *host, what func()) time.Duration {
+// run lets all hosts but one beat, does what happens, waits until all are served, and returns the longest wait.
+func (p *pool) run(but *realpool.Host, what func()) time.Duration {
 	p.t.Helper()
 	ctx, cancel := context.WithCancel(p.t.Context())
 	defer cancel()
 	p.runs++
-	results := make([]heart, len(p.hosts))
+	results := make([]heart, len(p.Hosts))
 	var wg sync.WaitGroup
-	for i, h := range p.hosts {
+	for i, h := range p.Hosts {
 		if h == but {
 			continue
 		}
 		c := p.client(h)
-		wg.Go(func() { results[i] = beat(ctx, c, i, len(p.hosts), p.runs<<20) })
+		wg.Go(func() { results[i] = beat(ctx, c, i, len(p.Hosts), p.runs<<20) })
 	}
 	what()
 	p.served(but)
@@ -229,11 +214,11 @@ func (p *pool) run(but *host, what func()) time.Duration {
 	wg.Wait()
 	var longest time.Duration
 	for i, r := range results {
-		if p.hosts[i] == but {
+		if p.Hosts[i] == but {
 			continue
 		}
 		if r.err != nil || r.cycles == 0 {
-			p.t.Errorf("%s: %d cycles, %v\n%s", p.hosts[i].name, r.cycles, r.err, &p.hosts[i].log)
+			p.t.Errorf("%s: %d cycles, %v\n%s", p.Hosts[i].Name, r.cycles, r.err, p.Hosts[i].Log())
 		}
 		longest = max(longest, r.longest)
 	}
@@ -241,81 +226,152 @@ func (p *pool) run(but *host, what func()) time.Duration {
 }
 
 // served waits until requests of each host but one are answered.
-func (p *pool) served(but *host) {
+func (p *pool) served(but *realpool.Host) {
 	p.t.Helper()
-	for _, h := range p.hosts {
+	for _, h := range p.Hosts {
 		if h != but {
-			if err := p.client(h).Read(make([]byte, 512), 0, time.Minute); err != nil {
-				p.t.Fatalf("%s is not served: %v\n%s", h.name, err, &h.log)
-			}
+			c := p.client(h)
+			p.until(h.Name+" is not served", func() error { return c.Read(make([]byte, 512), 0, time.Minute) })
 		}
 	}
 }
 
 func TestOwnersDeath(t *testing.T) {
-	p := newPool(t, 3)
+	t.Parallel()
+	p := newPool(t, realpool.Options{})
 	p.served(nil)
 	first := p.owner(nil)
-	gap := p.run(first, func() {
-		if err := first.cmd.Process.Kill(); err != nil {
-			t.Fatal(err)
-		}
-		_ = first.cmd.Wait()
-	})
+	gap := p.run(first, first.Kill)
 	t.Logf("owner killed: longest request of a survivor %v", gap)
 	second := p.owner(first)
-	p.start(build(t), first)
+	p.start(first)
 	gap = p.run(nil, func() {
-		if out, err := exec.Command(build(t), "handover", "--run-dir", second.runDir, first.name).CombinedOutput(); err != nil {
-			t.Fatalf("%v: %s", err, out)
+		if out, code := p.tool(second, "handover", "--run-dir", second.RunDir, first.Name); code != 0 {
+			t.Fatalf("hand-over: %s", out)
 		}
 	})
 	t.Logf("planned hand-over: longest request %v", gap)
 	third := p.owner(second)
 	if third != first {
-		t.Errorf("handed over to %s, want %s", third.name, first.name)
+		t.Errorf("handed over to %s, want %s", third.Name, first.Name)
 	}
 	gap = p.run(third, func() {
-		if err := third.cmd.Process.Signal(syscall.SIGTERM); err != nil {
-			t.Fatal(err)
-		}
-		if err := third.cmd.Wait(); err != nil {
-			t.Errorf("clean stop: %v\n%s", err, &third.log)
+		if err := third.Stop(); err != nil {
+			t.Errorf("clean stop: %v\n%s", err, third.Log())
 		}
 	})
 	t.Logf("clean stop: longest request of the others %v", gap)
 
-	out, err := exec.Command(build(t), "dump", p.disk).CombinedOutput()
-	if err != nil || !strings.Contains(string(out), "pool: active") || !strings.Contains(string(out), "owner's record: host n") {
-		t.Errorf("dump: %v\n%s", err, out)
+	out, code := p.tool(third, "dump", p.Disk)
+	if code != 0 || !strings.Contains(out, "pool: active") || !strings.Contains(out, "owner's record: host n") {
+		t.Errorf("dump: %d\n%s", code, out)
 	}
-	out, err = exec.Command(build(t), "status", "--run-dir", p.owner(third).runDir).CombinedOutput()
-	if err != nil || !strings.Contains(string(out), "wrote") || !strings.Contains(string(out), "owner     this host, since") {
-		t.Errorf("status: %v\n%s", err, out)
+	last := p.owner(third)
+	if byDaemon, code := p.tool(last, "dump", "--run-dir", last.RunDir); code != 0 || !strings.Contains(byDaemon, "host 0: 0000") {
+		t.Errorf("dump through the daemon: %d\n%s", code, byDaemon)
+	}
+	out, code = p.tool(last, "status", "--run-dir", last.RunDir)
+	if code != 0 || !strings.Contains(out, "wrote") || !strings.Contains(out, "owner     this host, since") || !strings.Contains(out, "tolerated outage") {
+		t.Errorf("status: %d\n%s", code, out)
+	}
+	out, code = p.tool(third, "status", "--run-dir", third.RunDir)
+	if code != 1 || !strings.Contains(out, "no heartbeat daemon runs on this host") {
+		t.Errorf("status of a host whose daemon has ended: %d\n%s", code, out)
+	}
+	last.Kill()
+	if out, code = p.tool(last, "status", "--run-dir", last.RunDir); code != 1 || !strings.Contains(out, "has died and left its socket") {
+		t.Errorf("status of a host whose daemon has died: %d\n%s", code, out)
 	}
 }
 
+// An owner whose user space is stopped keeps its lock on the device. The others evict it, by a majority, and take over;
+// when it wakes it leaves, and its links are restored.
+func TestFrozenOwnerIsEvicted(t *testing.T) {
+	t.Parallel()
+	p := newPool(t, realpool.Options{Timeout: 20 * time.Second, DRBD: true})
+	p.served(nil)
+	first := p.owner(nil)
+	gap := p.run(first, func() {
+		if err := first.Freeze(); err != nil {
+			t.Fatal(err)
+		}
+		p.owner(first)
+	})
+	t.Logf("owner frozen at T=20: longest request of a survivor %v", gap)
+	if err := first.Thaw(); err != nil {
+		t.Fatal(err)
+	}
+	p.until("links are not restored", func() error {
+		for _, h := range p.Hosts {
+			r, err := p.Report(h)
+			if err != nil {
+				return err
+			}
+			if len(r.Cut) > 0 || h == first && r.Owns {
+				return fmt.Errorf("%s: owns %v, cut %v", h.Name, r.Owns, r.Cut)
+			}
+		}
+		return nil
+	})
+	p.served(nil)
+}
+
 func TestSecondDaemonIsRefused(t *testing.T) {
-	p := newPool(t, 1)
-	h := p.hosts[0]
-	out, err := exec.Command(build(t), "run", "--disk", p.disk, "--host", h.name, "--peers", p.peers, "--run-dir", h.runDir, "--kernel", "").CombinedOutput()
-	if err == nil || !strings.Contains(string(out), "another xostor-heartbeat serves") {
-		t.Errorf("%v: %s", err, out)
+	t.Parallel()
+	p := newPool(t, realpool.Options{Hosts: 1})
+	h := p.Hosts[0]
+	common := []string{"--host", h.Name, "--peers", p.Peers, "--run-dir", h.RunDir}
+	link := filepath.Join(p.Dir, "by-res", realpool.Resource)
+	if err := os.MkdirAll(link, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(p.Disk, filepath.Join(link, "0")); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range [][]string{
+		append([]string{"run", "--disk", p.Disk, "--kernel", ""}, common...),
+		append([]string{"http-disk-server", "--disk", filepath.Join(link, "0"), "--ip", "127.0.0.1", "--port", "1"}, common...),
+		append([]string{"nbd-http-server", "--nbd-name", realpool.Resource, "--socket-path", p.Dir + "/s", "--urls", "http://127.0.0.1:1"}, common...),
+	} {
+		if out, code := p.tool(h, c...); code != 1 || !strings.Contains(out, "another xostor-heartbeat serves") {
+			t.Errorf("%s: %d %s", c[0], code, out)
+		}
 	}
 }
 
 func TestOtherPoolIsRefused(t *testing.T) {
-	p := newPool(t, 1)
+	t.Parallel()
+	p := newPool(t, realpool.Options{Hosts: 1})
 	p.served(nil)
-	_, addr, _ := strings.Cut(p.peers, "=")
-	conn, err := net.Dial("tcp", addr)
+	dial := func() net.Conn {
+		conn, err := net.Dial("tcp", p.Hosts[0].Addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return conn
+	}
+	var refusal *nbd.Refusal
+	if _, err := nbd.Connect(t.Context(), dial(), nbd.Options{Name: realpool.Resource}); !errors.As(err, &refusal) || refusal.Code != nbd.TLSRequired {
+		t.Errorf("client in clear: %v", err)
+	}
+	other, err := poolcert.NewIdentity("n1", "11111111-dddd/22222222-eeee/33333333-ffff")
 	if err != nil {
 		t.Fatal(err)
 	}
-	var refusal *nbd.Refusal
-	if _, err := nbd.Connect(t.Context(), conn, nbd.Options{Name: "xcp-persistent-ha-statefile"}); !errors.As(err, &refusal) || refusal.Code != nbd.TLSRequired {
-		t.Errorf("client in clear: %v", err)
+	if c, err := nbd.Connect(t.Context(), dial(), nbd.Options{Name: realpool.Resource, TLS: other.Client(poolcert.PoolName)}); err == nil {
+		c.Close()
+		t.Error("another pool's host was let in")
 	}
+	// The pool's own secret, but a name that the certificate does not carry.
+	id, err := poolcert.NewIdentity("n2", realpool.Secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	posed := nbd.Options{Name: realpool.Resource + "@n1/boot/1", TLS: id.Client(poolcert.PoolName)}
+	if _, err := nbd.Connect(t.Context(), dial(), posed); !errors.As(err, &refusal) || refusal.Code != nbd.Policy {
+		t.Errorf("a host that poses as another: %v", err)
+	}
+	p.served(nil)
 }
 
 // The binary must stay small: it may not page in a bus or an HTTP stack from a stalled root disk.
@@ -337,21 +393,5 @@ func TestWhatTheBinaryLinks(t *testing.T) {
 	}
 	if !bytes.Equal(f[:4], []byte("\x7fELF")) || bytes.Contains(f, []byte("ld-linux")) {
 		t.Error("the binary is not a static ELF file")
-	}
-}
-
-// TestLockedMemory reads what the kernel counts for a daemon that has served.
-func TestLockedMemory(t *testing.T) {
-	p := newPool(t, 3)
-	p.served(nil)
-	h := p.owner(nil)
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", h.cmd.Process.Pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, line := range strings.Split(string(status), "\n") {
-		if strings.HasPrefix(line, "VmLck") || strings.HasPrefix(line, "VmRSS") || strings.HasPrefix(line, "RssAnon") {
-			t.Log(line)
-		}
 	}
 }
