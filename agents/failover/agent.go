@@ -169,6 +169,9 @@ func (a *Agent) Observe(ctx context.Context) (Snapshot, error) {
 		a.memory.Held, a.memory.HeldRead = s.Kept, true
 	}
 	a.memory = remember(now, a.memory, &s)
+	if s.Move != nil && s.Move.ID == a.memory.MoveDone {
+		s.Move = nil // nobody holds for a target that has had its turn: it may die the next moment
+	}
 	if !a.memory.Releasing.IsZero() && now.Sub(a.memory.Releasing) > s.Policy.HoldersAfter {
 		s.Holders = a.c.Mounts.Holders(s.Names.MountPoint, minor)
 	}

@@ -158,6 +158,7 @@ type Memory struct {
 	Asked      map[string]Attempt
 	Failures   []time.Time // of the controller on this host
 	Counted    string      // the last failure that was counted, to count each once
+	MoveDone   string      // the last order to move whose target became owner
 	HandOver   time.Time   // gave the controller away because it failed here
 	Attached   bool        // the local disk was attached at some time: if it is not now, it failed
 	Held       []string    // peers whose connection was taken down by hand on this host, by name
@@ -267,6 +268,9 @@ func remember(now time.Time, m Memory, s *Snapshot) Memory {
 		primary := ""
 		if s.Res != nil {
 			primary = s.Res.PrimaryPeer()
+		}
+		if s.Move != nil && (primary == s.Move.To || s.Move.To == s.Self && s.owns()) {
+			m.MoveDone = s.Move.ID
 		}
 		if primary != "" {
 			m.PrimaryWas, m.PrimaryEnd = primary, time.Time{}
