@@ -66,7 +66,7 @@ func TestSuspendIOIsRefused(t *testing.T) {
 	}
 	p.until("the owner does not leave", func() error {
 		if r, err := p.Report(owner); err != nil || r.Owns {
-			return fmt.Errorf("owns %v, %v", r.Owns, err)
+			return fmt.Errorf("owns %v: %w", r.Owns, err)
 		}
 		return nil
 	})

@@ -55,7 +55,7 @@ func TestStorageNetworkIsPreferred(t *testing.T) {
 	c := p.client(lost)
 	p.until(lost.Name+" has the statefile without storage", func() error {
 		if err := c.Read(make([]byte, 512), 0, time.Minute); !errors.Is(err, nbd.EIO) {
-			return fmt.Errorf("read: %v", err)
+			return fmt.Errorf("read: %w", err)
 		}
 		return nil
 	})
