@@ -13,6 +13,8 @@ import (
 	"slices"
 	"syscall"
 	"time"
+
+	"github.com/xostor-agents/xostor-agents/integration/failover/realpool"
 )
 
 // Exit codes.
@@ -33,6 +35,8 @@ Usage: xostor-demo [FLAGS]
   --scene NAME     only this one:
     pool           disks are created, written, snapshotted, grown; a host is lost and comes back; LINSTOR's controller and
                    XAPI's coordinator move
+    controller     LINSTOR's controller is killed, hangs, its host is cut off, it is moved, its host dies; needs root and the
+                   Debian packages systemd, dbus, e2fsprogs
   --stay           only the scene pool; afterwards keep the pool running, with commands to try, until Ctrl-C
   --chaos          kill and restart everything at random while disks change, then check all numbers
     --for 2m       how long
@@ -60,6 +64,7 @@ type options struct {
 }
 
 func main() {
+	realpool.Main(nil) // on the scene's hosts this program is also the stand-ins
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()

@@ -20,6 +20,7 @@ type scene struct {
 func scenes() []scene {
 	return []scene{
 		{"pool", story},
+		{"controller", controllerScene},
 	}
 }
 
