@@ -251,7 +251,7 @@ func (p *Pool) newHost(i int) *Host {
 	if p.o.Xostor != "" {
 		must(tb, h.WriteConfig(""))
 		units[AgentUnit] = "[Unit]\nDefaultDependencies=no\n[Service]\nType=notify\nWatchdogSec=30\nRestart=always\nRestartSec=100ms\n" + env +
-			fmt.Sprintf("Environment=%s=%s\nStandardError=append:%s\nExecStart=%q agent failover --config %s --log-level debug\n", EnvProgram, programAgent, h.agentLog(), p.o.Xostor, h.ConfigFile())
+			fmt.Sprintf("Environment=%s=%s\nStandardError=append:%s\nExecStart=%q agent failover --config %s --log-level debug\n", EnvProgram, programAgent, h.AgentLog(), p.o.Xostor, h.ConfigFile())
 	}
 	h.In = sdns.Start(tb, h.Dir, units)
 	h.units = &systemd.Units{Private: "/nonexistent", Bus: h.In.Bus()}
@@ -273,7 +273,8 @@ func (h *Host) StateDir() string { return filepath.Join(h.Dir, "state") }
 // ConfigFile is the configuration of the shipped agent.
 func (h *Host) ConfigFile() string { return filepath.Join(h.Dir, "agents.toml") }
 
-func (h *Host) agentLog() string { return filepath.Join(h.Dir, "agent.log") }
+// AgentLog is what the agent logs.
+func (h *Host) AgentLog() string { return filepath.Join(h.Dir, "agent.log") }
 
 // WriteConfig writes ConfigFile and the dom0's files that it names; extra is appended. No XAPI is behind it. Whether a bus is, is the caller's choice: BusSocket.
 func (h *Host) WriteConfig(extra string) error {
@@ -446,7 +447,7 @@ func (h *Host) StartAgent() {
 		must(tb, h.units.Start(tb.Context(), AgentUnit))
 		return
 	}
-	log, err := os.OpenFile(h.agentLog(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	log, err := os.OpenFile(h.AgentLog(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	must(tb, err)
 	defer log.Close()
 	agent, err := h.p.o.Agent(h)
@@ -547,7 +548,7 @@ func (p *Pool) Until(limit time.Duration, what string, cond func() bool) {
 // Dump logs the last words of all agents and units, and what happened on the hosts.
 func (p *Pool) Dump() {
 	for _, h := range p.Hosts {
-		log, _ := os.ReadFile(h.agentLog())
+		log, _ := os.ReadFile(h.AgentLog())
 		units, _ := os.ReadFile(filepath.Join(h.Dir, "units.log"))
 		lines := strings.Split(string(log), "\n")
 		h.mu.Lock()
