@@ -210,6 +210,7 @@ type verb func(c *nbd.Client, timeout time.Duration) error
 
 // request passes one request on. write with n bytes at off says what may be repeated.
 func (w *forwarder) request(alive func() bool, write bool, off, n int64, do verb) error {
+	entered := time.Now()
 	w.turn <- struct{}{}
 	defer func() { <-w.turn }()
 	arrived := time.Now()
@@ -224,7 +225,7 @@ func (w *forwarder) request(alive func() bool, write bool, off, n int64, do verb
 	if takes {
 		err = w.attempts(arrived, !repeatable, do)
 	}
-	w.count(time.Since(arrived), err)
+	w.count(time.Since(entered), err)
 	return err
 }
 

@@ -37,6 +37,7 @@ Usage: xostor-demo [FLAGS]
                    XAPI's coordinator move
     controller     LINSTOR's controller is killed, hangs, its host is cut off, it is moved, its host dies; needs root and the
                    Debian packages systemd, dbus, e2fsprogs
+    heartbeat      HA's statefile: its owner is killed, hands over, freezes; the gap that each host's xhad sees, and its limit
   --stay           only the scene pool; afterwards keep the pool running, with commands to try, until Ctrl-C
   --chaos          kill and restart everything at random while disks change, then check all numbers
     --for 2m       how long

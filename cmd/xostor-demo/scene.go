@@ -21,6 +21,7 @@ func scenes() []scene {
 	return []scene{
 		{"pool", story},
 		{"controller", controllerScene},
+		{"heartbeat", heartbeatScene},
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -95,14 +96,15 @@ func TestInThePlaceOfSMsPrograms(t *testing.T) {
 	}
 	t.Parallel()
 	p := files(t, realpool.Options{Timeout: 60 * time.Second, DRBD: true})
-	ports := map[string]string{}
+	// SM's own ports, on addresses of loopback that nobody else uses.
+	ports := map[string]string{realpool.Resource: "8076", "xcp-persistent-redo-log": "8077"}
+	network := fmt.Sprintf("127.%d.%d", 32+rand.IntN(32), rand.IntN(256))
 	volumes := map[string]int64{realpool.Resource: 4 << 20, "xcp-persistent-redo-log": 256 << 20}
 	for name, size := range volumes {
-		_, ports[name], _ = strings.Cut(freeOnAll(t), ":")
 		var res strings.Builder
 		fmt.Fprintf(&res, "resource %q {\n  options { on-no-quorum io-error; quorum majority; }\n  connection {\n", name)
 		for i := range 3 {
-			fmt.Fprintf(&res, "    host \"n%d\" address ipv4 127.0.2.%d:7000;\n", i+1, i+1)
+			fmt.Fprintf(&res, "    host \"n%d\" address ipv4 %s.%d:7000;\n", i+1, network, 10+i)
 		}
 		fmt.Fprint(&res, "  }\n}\n")
 		dir := filepath.Join(p.Dir, "by-res", name)
@@ -131,7 +133,7 @@ func TestInThePlaceOfSMsPrograms(t *testing.T) {
 	}
 	var hosts []*dom0
 	for i := range 3 {
-		hosts = append(hosts, &dom0{t: t, p: p, name: fmt.Sprintf("n%d", i+1), ip: fmt.Sprintf("127.0.3.%d", i+1)})
+		hosts = append(hosts, &dom0{t: t, p: p, name: fmt.Sprintf("n%d", i+1), ip: fmt.Sprintf("%s.%d", network, 20+i)})
 	}
 	stops := map[string]func(){}
 	clients := map[string]*nbd.Client{}
@@ -195,17 +197,7 @@ func TestInThePlaceOfSMsPrograms(t *testing.T) {
 	// Without the kernel's client, SM's exact call fails and says why.
 	if _, err := os.Stat("/sys/module/nbd"); errors.Is(err, os.ErrNotExist) {
 		stops["frontn3"+realpool.Resource]()
-		hosts[2].launch("nbd-http-server", "--socket-path", p.Dir+"/n3.socket", "--nbd-name", realpool.Resource, "--urls", "http://127.0.3.1:1", "--device-size", "4194304")
+		hosts[2].launch("nbd-http-server", "--socket-path", p.Dir+"/n3.socket", "--nbd-name", realpool.Resource, "--urls", "http://"+hosts[0].ip+":8076", "--device-size", "4194304")
 		hosts[2].says("out-n3-nbd-http", "nbd")
 	}
-}
-
-// freeOnAll finds a port that is free on the loopback addresses of the hosts.
-func freeOnAll(t *testing.T) string {
-	l, err := net.Listen("tcp", "0.0.0.0:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return "0.0.0.0:" + fmt.Sprint(l.Addr().(*net.TCPAddr).Port)
 }

@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -147,14 +148,17 @@ func (p *Pool) prepare() error {
 
 func (p *Pool) path(name string) string { return filepath.Join(p.Dir, name) }
 
-// freeAddr finds a port that nobody listens on.
+// freeAddr finds an address that nobody uses: one of loopback's own for each host. A port of 127.0.0.1 could become the
+// source of somebody's connection before it is listened on.
 func freeAddr() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
+	for range 100 {
+		n := rand.Uint32()
+		addr := fmt.Sprintf("127.%d.%d.%d:8076", 64+n%128, n>>8%256, 1+n>>16%250)
+		if l, err := net.Listen("tcp", addr); err == nil {
+			return addr, l.Close()
+		}
 	}
-	defer l.Close()
-	return l.Addr().String(), nil
+	return "", errors.New("no free address on loopback")
 }
 
 // Command is what starts a host's process, with DRBD's stand-in in its way. The first argument of run is "run".
