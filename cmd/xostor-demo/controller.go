@@ -158,18 +158,25 @@ func (c *controllers) cutOff(o *realpool.Host) (*realpool.Host, string, error) {
 
 func (c *controllers) moved(o *realpool.Host) (*realpool.Host, string, error) {
 	target := c.Others(o)[0]
-	cmd := target.Xostor("controller", "move", target.Name)
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	c.t.line(plain, "admin", "xostor controller move %s", target.Name)
-	err := cmd.Run() // bounded by itself; when the scene is interrupted, its host ends and so does it
-	for line := range strings.Lines(out.String()) {
-		c.t.line(dim, "xostor", "%s", line)
+	for {
+		cmd := target.Xostor("controller", "move", target.Name)
+		var out bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &out
+		c.t.line(plain, "admin", "xostor controller move %s", target.Name)
+		err := cmd.Run() // bounded by itself; when the scene is interrupted, its host ends and so does it
+		for line := range strings.Lines(out.String()) {
+			c.t.line(dim, "xostor", "%s", line)
+		}
+		// An agent that has no processor for a second counts as away, and then the order is refused.
+		if err != nil && strings.Contains(out.String(), "does not answer") {
+			c.ready()
+			continue
+		}
+		if err != nil {
+			return nil, "", fmt.Errorf("xostor controller move %s: %w", target.Name, err)
+		}
+		return target, "", nil
 	}
-	if err != nil {
-		return nil, "", fmt.Errorf("xostor controller move %s: %w", target.Name, err)
-	}
-	return target, "", nil
 }
 
 func (c *controllers) dead(o *realpool.Host) (*realpool.Host, string, error) {
