@@ -10,6 +10,9 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 BUILD   := CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)'
 # Every fuzz target is run for this long by fuzz-short.
 FUZZTIME ?= 3s
+# What soak does: some 20 schedules and 2000 requests a second on two cores.
+SOAK_SEEDS ?= 50000
+SOAK_REQUESTS ?= 1000000
 ARGS    ?=
 
 # A machine without a fitting Go is told so, instead of failing in the middle of a build.
@@ -22,7 +25,7 @@ ifneq ($(NEED_GO),$(shell printf '%s\n%s\n' $(NEED_GO) $(HAVE_GO) | sort -V | he
 $(error Go $(HAVE_GO) is too old: go.mod wants $(NEED_GO) or newer)
 endif
 
-.PHONY: help build test race lint fuzz-short bench demo conformance conformance-setup package clean
+.PHONY: help build test race lint fuzz-short bench soak demo conformance conformance-setup package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -53,6 +56,10 @@ fuzz-short: ## each fuzz target for FUZZTIME
 bench: build ## benchmarks of the packages, then the pool's own distributions
 	$(GO) test -run '^$$' -bench . -benchtime 1s ./... | grep -v '^?\|no test files\|^PASS\|^ok'
 	./build/xostor-demo --bench --xostor ./build/xostor $(ARGS)
+
+soak: ## heartbeat for an hour or two: SOAK_SEEDS fault schedules checked for linearizability, SOAK_REQUESTS requests by 64 clients
+	XOSTOR_SOAK_SEEDS=$(SOAK_SEEDS) $(GO) test -count=1 -timeout 12h -run 'TestSchedules$$' -v ./agents/heartbeat | grep -v '^=== '
+	XOSTOR_SOAK_REQUESTS=$(SOAK_REQUESTS) $(GO) test -count=1 -timeout 12h -run 'TestLoad$$' -v ./integration/heartbeat | grep -v '^=== '
 
 demo: build ## a whole pool on this machine: watch an agent work (ARGS=--stay, ARGS=--chaos)
 	@./build/xostor-demo --xostor ./build/xostor $(ARGS)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"runtime"
 	"slices"
 	"text/tabwriter"
 	"time"
@@ -44,7 +45,8 @@ type Report struct {
 	LastError    string                `json:"last_error,omitempty"`
 	Doing        string                `json:"doing,omitempty"`
 	Findings     []agents.Finding      `json:"findings"`
-	Passes       uint64                `json:"passes"` // Grows while the daemon lives: the watchdog's food.
+	Passes       uint64                `json:"passes"`     // Grows while the daemon lives: the watchdog's food.
+	Goroutines   int                   `json:"goroutines"` // Of the process.
 }
 
 // Report describes the daemon.
@@ -68,6 +70,7 @@ func (d *Daemon) Report() Report {
 	if d.drbd != nil {
 		r.Quorum = d.drbd.Quorum
 	}
+	r.Goroutines = runtime.NumGoroutine()
 	r.Cut = slices.Sorted(maps.Keys(d.view.Cut))
 	r.Since = d.since
 	r.Findings = append(append([]agents.Finding{}, d.c.Xhad.Findings...), d.deviceFindings()...)
