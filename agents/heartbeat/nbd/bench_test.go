@@ -1,11 +1,17 @@
 package nbd
 
 import (
+	"bufio"
+	"context"
 	"fmt"
+	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -46,63 +52,146 @@ func (f file) Zero(off, n int64, fua bool) error { return f.Write(aligned(int(n)
 func (f file) Flush() error                      { return syscall.Fdatasync(int(f.f.Fd())) }
 func (f file) Close()                            {}
 
-// BenchmarkLatency compares one request at a time over loopback TCP against nbdkit's file plugin on the same file,
-// interleaved in one run, and reports medians, 99th percentiles and the ratios ours/theirs. The budget is 1.5.
+// envServe makes the test binary a server of the named file, so that ours is a process of its own as theirs are; envDirect
+// makes it open the file with O_DIRECT.
+const (
+	envServe  = "XOSTOR_NBD_BENCH_FILE"
+	envDirect = "XOSTOR_NBD_BENCH_DIRECT"
+)
+
+// benchServer serves path until its standard input ends, and prints its address.
+func benchServer(path string) {
+	flag := os.O_RDWR
+	if os.Getenv(envDirect) == "1" {
+		flag |= syscall.O_DIRECT
+	}
+	f, err := os.OpenFile(path, flag, 0)
+	if err == nil {
+		var l net.Listener
+		if l, err = net.Listen("tcp", "127.0.0.1:0"); err == nil {
+			fmt.Println(l.Addr())
+			go func() {
+				_, _ = io.Copy(io.Discard, os.Stdin)
+				os.Exit(0)
+			}()
+			err = (&Server{Exports: Single{"", file{f, 4 << 20}}}).Serve(context.Background(), l)
+		}
+	}
+	fmt.Fprintln(os.Stderr, err)
+	os.Exit(1)
+}
+
+func startOurs(b *testing.B, path string, direct bool) string {
+	b.Helper()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), envServe+"="+path)
+	if direct {
+		cmd.Env = append(cmd.Env, envDirect+"=1")
+	}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { in.Close(); _ = cmd.Wait() })
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		b.Fatal(err)
+	}
+	return strings.TrimSpace(line)
+}
+
+// BenchmarkLatency compares one request at a time over loopback TCP with other servers on the same file, each a process of
+// its own, interleaved in one run. It reports medians and 99th percentiles, and their ratios; the budget is 1.5.
 //
-// cached: both servers use the page cache, so the ratio is that of the servers. direct: ours opens the file with
-// O_DIRECT as it must, and writes carry FUA for both; nbdkit's reads then come from its page cache, ours from the disk.
+// Ours reads and writes with O_DIRECT when it owns a device; nbdkit's file plugin has no such mode. Its answers to reads
+// come from the page cache, which a heartbeat must not trust: that difference is the device's, not the server's. So:
+//
+//	cached  ours without O_DIRECT against nbdkit: the same system calls, so the ratio is that of the servers
+//	direct  ours with O_DIRECT against qemu-nbd with cache=none, which is O_DIRECT, too: the same work at the device
+//	shipped ours with O_DIRECT against nbdkit; device is what the same pread or pwrite takes without any server
+//
+// Writes carry FUA in direct and shipped.
 func BenchmarkLatency(b *testing.B) {
-	need(b, "nbdkit")
+	need(b, "nbdkit", "qemu-nbd")
 	for _, mode := range []struct {
-		name string
-		flag int
-		fua  bool
-	}{{"cached", 0, false}, {"direct", syscall.O_DIRECT, true}} {
-		ours := openFile(b, filepath.Join(b.TempDir(), "disk"), mode.flag)
-		a := connect(b, listen(b, &Server{Exports: Single{"", ours}}), Options{})
+		name, other string
+		direct, fua bool
+	}{{"cached", "nbdkit", false, false}, {"direct", "qemu-nbd", true, true}, {"shipped", "nbdkit", true, true}} {
+		flag := 0
+		if mode.direct {
+			flag = syscall.O_DIRECT
+		}
+		disk := openFile(b, filepath.Join(b.TempDir(), "disk"), flag)
+		a := connect(b, startOurs(b, disk.f.Name(), mode.direct), Options{})
 		port := freePort(b)
-		nbdkitTCP(b, port, ours.f.Name())
+		if mode.other == "nbdkit" {
+			nbdkitTCP(b, port, disk.f.Name())
+		} else {
+			startServer(b, "qemu-nbd", "tcp", fmt.Sprintf("127.0.0.1:%d", port), "-b", "127.0.0.1", "-p", strconv.Itoa(port), "-f", "raw", "--cache=none", "--aio=threads", "-t", "-e", "8", disk.f.Name())
+		}
 		other := connect(b, fmt.Sprintf("127.0.0.1:%d", port), Options{})
 		for _, size := range []int{1024, 4096} {
 			for _, verb := range []string{"read", "write"} {
 				b.Run(fmt.Sprintf("%s/%s/%d", mode.name, verb, size), func(b *testing.B) {
-					compare(b, a, other, verb, size, mode.fua)
+					compare(b, a, other, disk, mode.other, verb, size, mode.fua)
 				})
 			}
 		}
 	}
 }
 
-func compare(b *testing.B, ours, other *Client, verb string, size int, fua bool) {
+func compare(b *testing.B, ours, other *Client, disk file, name, verb string, size int, fua bool) {
 	p := AlignedBuffer(size)
-	one := func(c *Client, i int) time.Duration {
-		off := int64(i%64) * 4096
-		start := time.Now()
-		var err error
+	client := func(c *Client) func(off int64) error {
+		return func(off int64) error {
+			if verb == "read" {
+				return c.Read(p, off, patience)
+			}
+			return c.Write(p, off, fua, patience)
+		}
+	}
+	raw := func(off int64) error {
 		if verb == "read" {
-			err = c.Read(p, off, patience)
-		} else {
-			err = c.Write(p, off, fua, patience)
+			return disk.Read(p, off)
 		}
-		if err != nil {
-			b.Fatal(err)
-		}
-		return time.Since(start)
+		return disk.Write(p, off, fua)
 	}
-	var mine, theirs []time.Duration
+	who := []struct {
+		name  string
+		do    func(off int64) error
+		times []time.Duration
+	}{{name: "ours", do: client(ours)}, {name: name, do: client(other)}, {name: "device", do: raw}}
 	for i := 0; b.Loop(); i++ {
-		mine, theirs = append(mine, one(ours, i)), append(theirs, one(other, i))
+		for k := range who {
+			w := &who[(i+k)%len(who)] // Nobody is always the one after the same other.
+			off := int64(i%64) * 4096
+			start := time.Now()
+			if err := w.do(off); err != nil {
+				b.Fatal(err)
+			}
+			w.times = append(w.times, time.Since(start))
+		}
 	}
-	slices.Sort(mine)
-	slices.Sort(theirs)
-	report := func(name string, q float64) {
-		m, t := mine[int(q*float64(len(mine)-1))], theirs[int(q*float64(len(theirs)-1))]
-		b.ReportMetric(float64(m.Nanoseconds())/1e3, name+"-us")
-		b.ReportMetric(float64(t.Nanoseconds())/1e3, name+"-nbdkit-us")
-		b.ReportMetric(float64(m)/float64(t), name+"-ratio")
+	for _, w := range who {
+		slices.Sort(w.times)
 	}
-	report("p50", 0.5)
-	report("p99", 0.99)
+	for label, q := range map[string]float64{"p50": 0.5, "p99": 0.99} {
+		at := func(k int) float64 {
+			return float64(who[k].times[int(q*float64(len(who[k].times)-1))].Nanoseconds()) / 1e3
+		}
+		for k := range who {
+			b.ReportMetric(at(k), label+"-"+who[k].name+"-us")
+		}
+		b.ReportMetric(at(0)/at(1), label+"-ratio")
+	}
 }
 
 func freePort(t testing.TB) int {

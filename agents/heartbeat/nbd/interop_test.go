@@ -226,8 +226,14 @@ func nbdkitTCP(t testing.TB, port int, file string) {
 
 func startNbdkit(t testing.TB, network, addr string, args ...string) {
 	t.Helper()
-	need(t, "nbdkit")
-	cmd := exec.Command("nbdkit", append([]string{"-f"}, args...)...)
+	startServer(t, "nbdkit", network, addr, append([]string{"-f"}, args...)...)
+}
+
+// startServer runs a foreign server in the foreground until the test ends.
+func startServer(t testing.TB, program, network, addr string, args ...string) {
+	t.Helper()
+	need(t, program)
+	cmd := exec.Command(program, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var log bytes.Buffer
 	cmd.Stderr = &log
@@ -247,7 +253,7 @@ func startNbdkit(t testing.TB, network, addr string, args ...string) {
 		}
 		<-tick.C
 	}
-	t.Fatal("nbdkit does not listen")
+	t.Fatalf("%s does not listen\n%s", program, &log)
 }
 
 func connectUnix(t testing.TB, path string, o Options) *Client {

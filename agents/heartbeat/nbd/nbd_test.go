@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"syscall"
 	"testing"
@@ -17,7 +18,12 @@ import (
 	"pgregory.net/rapid"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if path := os.Getenv(envServe); path != "" {
+		benchServer(path)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 func TestClientAndServerAgree(t *testing.T) {
 	for _, structured := range []bool{false, true} {
