@@ -96,7 +96,7 @@ func runFailover(ctx context.Context, c *call) error {
 	defer reportOnBus(c, &o)()
 	var tasks tasks
 	defer tasks.end()
-	tasks.run(ctx, func(ctx context.Context) { followSecret(ctx, c, s) })
+	tasks.run(ctx, func(ctx context.Context) { followSecret(ctx, c, s.UseKey) })
 	tasks.run(ctx, func(ctx context.Context) { followAddresses(ctx, c, o.Host, s.SetAddresses) })
 	c.log.Info("agent started", agents.KeyAgent, failover.Name, agents.KeyHost, cfg.Self, "mode", conf.Mode)
 	if err := systemd.Ready("mode " + conf.Mode + ", host " + cfg.Self); err != nil {
@@ -140,9 +140,9 @@ func (r quietReporter) Status(s agents.Status) {
 const secretEvery = time.Second // XAPI brings a new secret to one host after the other; the old key is good for minutes
 
 // followSecret takes a new pool secret into use until ctx ends. A secret that cannot be read changes nothing.
-func followSecret(ctx context.Context, c *call, s *failover.Service) {
+func followSecret(ctx context.Context, c *call, use func(key []byte) (other bool)) {
 	path := c.config.Bus.Ptoken
-	last, _ := os.Stat(path) // read a moment ago
+	var last fs.FileInfo
 	every(ctx, secretEvery, func() {
 		now, err := os.Stat(path)
 		if err != nil || last != nil && os.SameFile(now, last) && now.ModTime().Equal(last.ModTime()) && now.Size() == last.Size() {
@@ -154,7 +154,7 @@ func followSecret(ctx context.Context, c *call, s *failover.Service) {
 			return // perhaps half written: it is looked at again
 		}
 		last = now
-		if s.UseKey(key) {
+		if use(key) {
 			c.log.Info("pool secret changed")
 		}
 	})

@@ -188,3 +188,52 @@ func TestFollowAddresses_FromTheBusesFile(t *testing.T) {
 		t.Errorf("configured: told %v", got)
 	}
 }
+
+// A new pool secret is taken into use; one that is half written or gone changes nothing.
+func TestFollowSecret(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "ptoken")
+	write := func(text string) {
+		if err := os.WriteFile(file+".new", []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(file+".new", file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	first, second := strings.Repeat("1", 40), strings.Repeat("2", 40)
+	write(first)
+	c := &call{config: dom0.DefaultConfig(), log: slog.New(slog.DiscardHandler)}
+	c.config.Bus.Ptoken = file
+	used := make(chan string, 10)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		followSecret(ctx, c, func(key []byte) bool { used <- string(key); return true })
+	}()
+	want := func(secret string) {
+		t.Helper()
+		select {
+		case got := <-used:
+			if got != string(failover.BeatKey([]byte(secret))) {
+				t.Error("another key is used")
+			}
+		case <-time.After(time.Minute):
+			t.Fatal("the key is not used")
+		}
+	}
+	want(first) // it may have changed since the agent read it
+	write("short")
+	write(second + "\n")
+	want(second)
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	<-done
+	select {
+	case <-used:
+		t.Error("a key was used although no secret came")
+	default:
+	}
+}

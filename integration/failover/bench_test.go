@@ -174,10 +174,10 @@ func BenchmarkHostDies(b *testing.B) {
 	report(b, "host dead -> mounted, our own time", own)
 }
 
-// Resident memory of an agent process that owns, with two peers, after the pool has settled and moved twice.
+// Resident memory of the shipped agent that owns, with two peers, after the pool has settled and moved twice.
 func BenchmarkAgentMemory(b *testing.B) {
 	for range b.N {
-		p := newPool(b, "io-error")
+		p := newShippedPool(b)
 		for range 2 {
 			o := p.Settled()
 			p.Until(30*time.Second, "all hosts are connected", p.Connected)

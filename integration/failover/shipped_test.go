@@ -21,11 +21,11 @@ import (
 const lasting = 2 * time.Minute
 
 // newShippedPool boots three hosts on which the real program runs as a unit.
-func newShippedPool(t *testing.T) *realpool.Pool {
+func newShippedPool(t testing.TB) *realpool.Pool {
 	t.Helper()
 	needPool(t)
 	dir := t.TempDir()
-	if out, err := exec.Command("go", "build", "-o", dir, "../../cmd/xostor").CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", dir, "../../cmd/xostor").CombinedOutput(); err != nil {
 		t.Fatalf("build xostor: %v\n%s", err, out)
 	}
 	return realpool.New(t, realpool.Options{Xostor: filepath.Join(dir, "xostor"), ProbeEvery: 300 * time.Millisecond})
