@@ -19,7 +19,7 @@ import (
 )
 
 const (
-	outageLimit = 90 * time.Second       // of one step; a healthy run needs a fraction
+	outageLimit = 3 * time.Minute        // of one step; a healthy run needs a fraction
 	demoProbe   = time.Second            // instead of the shipped 10 s: who looks on does not want to wait
 	askEvery    = 20 * time.Millisecond  // of the client, and so how exact outages are
 	askTimeout  = 300 * time.Millisecond // of one question

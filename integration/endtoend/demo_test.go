@@ -35,7 +35,7 @@ func TestDemoShowsTheControllersOutages(t *testing.T) {
 		}
 		t.Skip(why)
 	}
-	r := runProgram(t, 6*time.Minute, demo, "--xostor", xostor, "--scene", "controller")
+	r := runProgram(t, 10*time.Minute, demo, "--xostor", xostor, "--scene", "controller")
 	if r.code != 0 || r.errOut != "" {
 		t.Fatalf("code %d\n%s\n%s", r.code, r.out, r.errOut)
 	}

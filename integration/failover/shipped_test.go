@@ -18,7 +18,7 @@ import (
 )
 
 // lasting is generous: it is only used up when something is wrong.
-const lasting = 2 * time.Minute
+const lasting = 3 * time.Minute
 
 // newShippedPool boots three hosts on which the real program runs as a unit.
 func newShippedPool(t testing.TB) *realpool.Pool {

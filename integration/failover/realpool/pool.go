@@ -353,7 +353,7 @@ func (h *Host) end() {
 func (p *Pool) Close() {
 	for _, h := range p.Hosts {
 		h.end()
-		h.p.Until(5*time.Second, "the controller's address is free", func() bool {
+		h.p.Until(time.Minute, "the controller's address is free", func() bool {
 			l, err := net.Listen("tcp", h.Node.Address()+":3370")
 			if err == nil {
 				_ = l.Close()
@@ -589,7 +589,7 @@ func (p *Pool) Owner() *Host {
 }
 
 // settleTime is generous: it is only used up when something is wrong.
-const settleTime = 90 * time.Second
+const settleTime = 3 * time.Minute
 
 // Settled waits for a controller and returns its host.
 func (p *Pool) Settled() *Host {
@@ -614,7 +614,7 @@ func (p *Pool) Die(h *Host) {
 	p.Wall.Do(func() { p.Cluster.Kill(h.Node) })
 	_ = syscall.Kill(h.In.PID, syscall.SIGKILL)
 	var silent *net.UDPConn
-	p.Until(30*time.Second, "the address of the dead host is free", func() bool {
+	p.Until(time.Minute, "the address of the dead host is free", func() bool {
 		var err error
 		silent, err = net.ListenUDP("udp", &net.UDPAddr{IP: net.ParseIP(h.Node.Address()), Port: p.Port})
 		return err == nil

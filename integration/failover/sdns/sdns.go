@@ -158,7 +158,7 @@ func Start(tb TB, dir string, units map[string]string) *Instance {
 		_ = syscall.Kill(in.PID, syscall.SIGKILL) // PID 1 of its namespace: all in it dies
 		select {
 		case <-exited:
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			tb.Log("a process of the instance is stuck in the kernel")
 		}
 	})
@@ -169,7 +169,7 @@ func Start(tb TB, dir string, units map[string]string) *Instance {
 // await dials the sockets until both accept.
 func (in *Instance) await(tb TB, exited <-chan struct{}) {
 	tb.Helper()
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(3 * time.Minute) // a busy machine boots it in half a minute
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -224,7 +224,7 @@ func (in *Instance) Command(argv ...string) *exec.Cmd {
 func removeGroup(tb TB, group string) {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
-	for range 250 {
+	for range 3000 {
 		var dirs []string
 		_ = filepath.WalkDir(group, func(p string, d fs.DirEntry, err error) error {
 			if err == nil && d.IsDir() {
