@@ -42,7 +42,7 @@ func BenchmarkControllerKilled(b *testing.B) {
 		o := p.Settled()
 		began := time.Now()
 		o.SignalController(syscall.SIGKILL)
-		p.Until(10*time.Second, "the unit starts again", func() bool { return o.State(realpool.Controller).BegunAt.After(began) })
+		p.Until(lasting, "the unit starts again", func() bool { return o.State(realpool.Controller).BegunAt.After(began) })
 		all = append(all, o.State(realpool.Controller).BegunAt.Sub(began))
 		p.Close()
 	}
@@ -57,10 +57,10 @@ func BenchmarkQuorumLost(b *testing.B) {
 			p := newPool(b, policy)
 			for range b.N {
 				o := p.Settled()
-				p.Until(30*time.Second, "all hosts are connected", p.Connected)
+				p.Until(lasting, "all hosts are connected", p.Connected)
 				began := time.Now()
 				p.Cut(o, true)
-				p.Until(20*time.Second, "the owner has let go", func() bool { return !o.Since(began, "unmounted").IsZero() && !o.Since(began, "no primary").IsZero() })
+				p.Until(lasting, "the owner has let go", func() bool { return !o.Since(began, "unmounted").IsZero() && !o.Since(began, "no primary").IsZero() })
 				end := o.Since(began, "unmounted")
 				if s := o.Since(began, "no primary"); s.After(end) {
 					end = s
@@ -81,12 +81,12 @@ func BenchmarkPromote(b *testing.B) {
 	p := newPool(b, "io-error")
 	for range b.N {
 		o := p.Settled()
-		p.Until(30*time.Second, "all hosts are connected", p.Connected)
+		p.Until(lasting, "all hosts are connected", p.Connected)
 		began := time.Now()
 		p.Cut(o, true) // the others notice by their own clocks
 		var next *realpool.Host
 		// Nothing is asked of systemd meanwhile: that would be measured too.
-		p.Until(30*time.Second, "another host mounts it", func() bool {
+		p.Until(lasting, "another host mounts it", func() bool {
 			for _, h := range p.Others(o) {
 				if !h.Since(began, "mounted").IsZero() {
 					next = h
@@ -117,7 +117,7 @@ func BenchmarkPromote(b *testing.B) {
 			asked, answered, sent = append(asked, primary.Sub(may)), append(answered, start.Sub(back)), append(sent, own)
 			begun = append(begun, own+next.State(realpool.MountUnit).BegunAt.Sub(start))
 		}
-		p.Until(30*time.Second, "one controller", func() bool { return p.Owner() == next })
+		p.Until(lasting, "one controller", func() bool { return p.Owner() == next })
 		p.Cut(o, false)
 	}
 	report(b, "may_promote:yes printed -> drbdsetup primary has asked DRBD", asked)
@@ -147,12 +147,12 @@ func BenchmarkHostDies(b *testing.B) {
 	for range b.N {
 		p := newPool(b, "io-error")
 		o := p.Settled()
-		p.Until(30*time.Second, "all hosts are connected", p.Connected)
-		p.Cluster.PingInt = 10 * time.Second
+		p.Until(lasting, "all hosts are connected", p.Connected)
+		p.Wall.Do(func() { p.Cluster.PingInt = 10 * time.Second })
 		began := time.Now()
 		p.Die(o)
 		var next *realpool.Host
-		p.Until(30*time.Second, "another host has mounted it", func() bool {
+		p.Until(lasting, "another host has mounted it", func() bool {
 			for _, h := range p.Others(o) {
 				if !h.Since(began, "mounted").IsZero() {
 					next = h
@@ -180,9 +180,9 @@ func BenchmarkAgentMemory(b *testing.B) {
 		p := newShippedPool(b)
 		for range 2 {
 			o := p.Settled()
-			p.Until(30*time.Second, "all hosts are connected", p.Connected)
+			p.Until(lasting, "all hosts are connected", p.Connected)
 			p.Cut(o, true)
-			p.Until(30*time.Second, "another host takes over", func() bool { n := p.Owner(); return n != nil && n != o })
+			p.Until(lasting, "another host takes over", func() bool { n := p.Owner(); return n != nil && n != o })
 			p.Cut(o, false)
 		}
 		o := p.Settled()
