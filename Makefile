@@ -25,7 +25,7 @@ ifneq ($(NEED_GO),$(shell printf '%s\n%s\n' $(NEED_GO) $(HAVE_GO) | sort -V | he
 $(error Go $(HAVE_GO) is too old: go.mod wants $(NEED_GO) or newer)
 endif
 
-.PHONY: help build test race lint fuzz-short bench soak demo conformance conformance-setup package clean
+.PHONY: help build test race lint fuzz-short bench soak demo conformance conformance-setup vm package clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -69,6 +69,10 @@ conformance-setup: ## install the foreign clients into .tools/ (npm and pip) and
 
 conformance: conformance-setup ## drive the stand-ins with clients that we did not write
 	XOSTOR_TEST_STRICT=1 $(GO) test -count=1 -v ./integration/conformance/... | grep -v '^=== \|^    --- PASS'
+
+vm: ## the heartbeat against a real kernel's nbd client, in an emulated machine (about a minute; wants the machine for itself)
+	integration/heartbeat/vm/setup.sh
+	XOSTOR_TEST_VM=1 $(GO) test -count=1 -timeout 40m ./integration/heartbeat/vm
 
 package: build ## a tar of the static binaries, licence and documents
 	@mkdir -p build/xostor-$(VERSION)

@@ -16,18 +16,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// GuestEnv is set in the environment of programs inside the machine.
-const GuestEnv = "XOSTOR_IN_VM=1"
-
 // InGuest says whether this process runs inside the machine.
 func InGuest() bool { return os.Getenv("XOSTOR_IN_VM") == "1" }
 
 // order is one line from the host to the guest.
 type order struct {
 	ID     int      `json:"id"`
-	Op     string   `json:"op"` // "run", "signal", "write", "load".
+	Op     string   `json:"op"` // "run", "signal", "write", "address".
 	Argv   []string `json:"argv,omitempty"`
-	Env    []string `json:"env,omitempty"`
 	Signal int      `json:"signal,omitempty"` // To the program that order Target started.
 	Target int      `json:"target,omitempty"`
 	Path   string   `json:"path,omitempty"`
@@ -230,7 +226,6 @@ func (g *guest) obey(o order) {
 // run starts a program; its output and its end are reported as they come.
 func (g *guest) run(o order) {
 	cmd := exec.Command(o.Argv[0], o.Argv[1:]...)
-	cmd.Env = append(os.Environ(), o.Env...)
 	r, w, err := os.Pipe()
 	if err != nil {
 		g.end(o.ID, err)

@@ -8,6 +8,7 @@ package vm
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -47,6 +48,8 @@ type Config struct {
 	Netdev string
 	// MAC of eth0; must differ between machines of one network.
 	MAC string
+	// Name is the machine's host name.
+	Name string
 }
 
 // Machine is a running machine. Its methods may be called from many goroutines.
@@ -70,8 +73,9 @@ type Process struct {
 	done chan struct{}
 
 	mu   sync.Mutex
+	more *sync.Cond // Signalled at output and at the end.
 	out  bytes.Buffer
-	echo func([]byte)
+	over bool
 	code int
 	err  error
 }
@@ -159,7 +163,7 @@ func (m *Machine) start(ctx context.Context, c Config) error {
 	args := []string{"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-accel", "tcg,thread=multi", "-M", "pc", "-cpu", "qemu64,+rdrand",
 		"-m", strconv.Itoa(c.Memory), "-smp", strconv.Itoa(max(c.CPUs, 1)), "-kernel", c.Kernel.Image, "-initrd", initrd,
 		// The emulated processor's time stamp counter runs wild when the host is busy. panic=-1 with -no-reboot ends the emulator.
-		"-append", "console=ttyS0 loglevel=5 panic=-1 nokaslr tsc=unstable clocksource=acpi_pm mitigations=off audit=0 random.trust_cpu=on rdinit=/init",
+		"-append", "console=ttyS0 loglevel=5 panic=-1 nokaslr tsc=unstable clocksource=acpi_pm mitigations=off audit=0 random.trust_cpu=on rdinit=/init hostname=" + cmp.Or(c.Name, "vm"),
 		"-serial", "file:" + m.console(), "-chardev", "socket,id=line,path=" + line, "-serial", "chardev:line"}
 	for i, disk := range c.Disks {
 		args = append(args, "-drive", fmt.Sprintf("file=%s,if=none,format=raw,id=d%d,cache=unsafe,discard=unmap", disk, i), "-device", fmt.Sprintf("virtio-blk-pci,drive=d%d", i))
@@ -238,19 +242,44 @@ func (p *Process) take(r report) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.out.Write(r.Out)
-	if p.echo != nil && len(r.Out) > 0 {
-		p.echo(r.Out)
-	}
 	if r.Done {
-		p.code = r.Code
+		p.over, p.code = true, r.Code
 		if r.Err != "" {
 			p.err = errors.New(r.Err)
 		}
 		close(p.done)
 	}
+	p.more.Broadcast()
 }
 
-func (m *Machine) send(o order, echo func([]byte)) (*Process, error) {
+// Lines calls each with each line of output as it comes, and returns when the program has ended.
+func (p *Process) Lines(each func(string)) {
+	read := 0
+	for {
+		p.mu.Lock()
+		for p.out.Len() == read && !p.over {
+			p.more.Wait()
+		}
+		fresh, over := string(p.out.Bytes()[read:]), p.over
+		p.mu.Unlock()
+		end := strings.LastIndexByte(fresh, '\n') + 1
+		for line := range strings.Lines(fresh[:end]) {
+			each(strings.TrimRight(line, "\r\n"))
+		}
+		if read += end; over && end == 0 {
+			return
+		}
+		if end == 0 { // Half a line; more comes, or the end.
+			p.mu.Lock()
+			for p.out.Len() == read+len(fresh) && !p.over {
+				p.more.Wait()
+			}
+			p.mu.Unlock()
+		}
+	}
+}
+
+func (m *Machine) send(o order) (*Process, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	select {
@@ -264,7 +293,8 @@ func (m *Machine) send(o order, echo func([]byte)) (*Process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode order: %w", err)
 	}
-	p := &Process{m: m, id: o.ID, done: make(chan struct{}), echo: echo}
+	p := &Process{m: m, id: o.ID, done: make(chan struct{})}
+	p.more = sync.NewCond(&p.mu)
 	m.calls[o.ID] = p
 	if _, err := m.conn.Write(append(line, '\n')); err != nil {
 		delete(m.calls, o.ID)
@@ -273,14 +303,14 @@ func (m *Machine) send(o order, echo func([]byte)) (*Process, error) {
 	return p, nil
 }
 
-// Start starts a program. echo, if not nil, gets its output as it comes.
-func (m *Machine) Start(echo func([]byte), env []string, argv ...string) (*Process, error) {
-	return m.send(order{Op: "run", Argv: argv, Env: env}, echo)
+// Start starts a program.
+func (m *Machine) Start(argv ...string) (*Process, error) {
+	return m.send(order{Op: "run", Argv: argv})
 }
 
 // Run runs a program to its end and returns its output. A code other than 0 is an error.
 func (m *Machine) Run(ctx context.Context, argv ...string) (string, error) {
-	p, err := m.Start(nil, nil, argv...)
+	p, err := m.Start(argv...)
 	if err != nil {
 		return "", err
 	}
@@ -305,7 +335,7 @@ func (m *Machine) Address(ctx context.Context, card, address string) error {
 }
 
 func (m *Machine) simple(ctx context.Context, o order) error {
-	p, err := m.send(o, nil)
+	p, err := m.send(o)
 	if err != nil {
 		return err
 	}

@@ -18,6 +18,7 @@ import (
 // Durations are those of the kernel's own timers, of which the shortest is a second.
 func TestKernelNBD(t *testing.T) {
 	if !InGuest() {
+		alone(t)
 		k := kernel(t)
 		init, shim := programs(t)
 		m := boot(t, Config{Kernel: k, Init: init, Memory: 512, Modules: []string{"nbd nbds_max=24", "brd rd_nr=8 rd_size=4096"}, Programs: map[string]string{shimPath: shim}})
