@@ -19,7 +19,8 @@ import (
 )
 
 const (
-	outageLimit = 3 * time.Minute        // of one step; a healthy run needs a fraction
+	outageLimit = 3 * time.Minute // of one step; a healthy run needs a fraction
+	moveTries   = 5
 	demoProbe   = time.Second            // instead of the shipped 10 s: who looks on does not want to wait
 	askEvery    = 20 * time.Millisecond  // of the client, and so how exact outages are
 	askTimeout  = 300 * time.Millisecond // of one question
@@ -158,7 +159,7 @@ func (c *controllers) cutOff(o *realpool.Host) (*realpool.Host, string, error) {
 
 func (c *controllers) moved(o *realpool.Host) (*realpool.Host, string, error) {
 	target := c.Others(o)[0]
-	for {
+	for try := 1; ; try++ {
 		cmd := target.Xostor("controller", "move", target.Name)
 		var out bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &out, &out
@@ -167,8 +168,8 @@ func (c *controllers) moved(o *realpool.Host) (*realpool.Host, string, error) {
 		for line := range strings.Lines(out.String()) {
 			c.t.line(dim, "xostor", "%s", line)
 		}
-		// An agent that has no processor for a second counts as away, and then the order is refused.
-		if err != nil && strings.Contains(out.String(), "does not answer") {
+		// An agent that has no processor for a second counts as away: the order is refused, or rolled back.
+		if err != nil && try < moveTries {
 			c.ready()
 			continue
 		}

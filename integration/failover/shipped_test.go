@@ -160,10 +160,8 @@ func TestShipped(t *testing.T) {
 		}
 		p.Until(lasting, "it is moved", func() bool {
 			r := onHost(t, o, "controller", "move", other.Name)
-			// On a busy machine an agent may be silent for a second; then the order is refused, and may be given again.
-			if r.code != 0 && !strings.Contains(r.errOut, "does not answer") {
-				p.Dump()
-				t.Fatalf("code %d, %s%s", r.code, r.out, r.errOut)
+			if r.code != 0 {
+				t.Log(r.errOut) // an agent that has no processor for a second counts as away: the order is refused, or rolled back, and may be given again
 			}
 			return r.code == 0
 		})
