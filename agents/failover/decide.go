@@ -669,7 +669,7 @@ func (d *decider) findFacts() {
 		return
 	}
 	if s.Mode == Observe {
-		d.find("mode-unknown", agents.Warning, "nobody is promoted by this agent: "+s.ModeWhy, "start xostor-failover on every host of the pool, or set failover.mode")
+		d.find("mode-unknown", agents.Warning, "nobody is promoted by this agent: "+s.ModeWhy, "start xostor-failover on every host of the pool, or set agents.failover.mode")
 	}
 	if s.Options.Quorum == "off" {
 		d.find("quorum-off", agents.Critical, "the database is not protected by quorum", "linstor resource-definition set-property "+s.Names.Resource+" DrbdOptions/Resource/quorum majority")
