@@ -89,8 +89,9 @@ type Config struct {
 	Prober Prober
 	Talk   Talk
 	Files  Files
-	// BeforeStart runs before each start of the controller, while the database is mounted and at rest. It is bounded, and its error is only logged. Nil: nothing.
-	BeforeStart func(ctx context.Context) error
+	// Prepared tells, before each start of the controller, whether all is done that needs the database mounted and at rest, and begins it if not. It does
+	// not block, and says yes after a while in any case. Nil: nothing needs to be done.
+	Prepared func() bool
 	// BackupTrouble says what is wrong with the backups; nil or "": nothing.
 	BackupTrouble func() string
 	Now           func() time.Time // nil: time.Now
@@ -329,11 +330,11 @@ func (a *Agent) Act(ctx context.Context, act agents.Action) error {
 		// The volume may be active already, or the disk not an LV: adjust tells what counts.
 		actErr := a.c.Files.ActivateVolume(ctx)
 		err := a.c.DRBD.Adjust(ctx)
-		a.asked("bring-up", err)
 		if err != nil {
-			return errors.Join(err, actErr)
+			err = errors.Join(err, actErr)
 		}
-		return nil
+		a.asked("bring-up", err)
+		return err
 	case VerbRestoreRes:
 		err := a.c.Files.RestoreRes()
 		a.asked("restore", err)
@@ -369,15 +370,21 @@ func (a *Agent) release(ctx context.Context) error {
 	if err := a.kill(ctx); err != nil {
 		a.c.Log.Warn("controller not killed yet", agents.KeyErr, err)
 	}
-	role := a.role(ctx)
-	if role != drbd.Secondary {
-		if err := a.c.DRBD.Secondary(ctx, true); err != nil {
-			return fmt.Errorf("demote: %w", err)
+	var refused error
+	if a.role(ctx) != drbd.Secondary {
+		refused = a.c.DRBD.Secondary(ctx, true)
+		a.asked("demote", refused)
+		if r := a.c.DRBD.View().Resource; refused != nil && (r == nil || r.SuspendedQuorum() != drbd.No) {
+			return fmt.Errorf("demote: %w", refused) // with frozen I/O the unmount would only hang
 		}
 	}
 	if err := a.unmount(ctx, systemd.Irreversibly); err != nil {
 		a.c.Log.Debug("not unmounted yet", agents.KeyErr, err)
 	}
+	if refused != nil {
+		return fmt.Errorf("demote: %w", refused)
+	}
+	a.forget("demote")
 	return nil
 }
 
@@ -514,10 +521,8 @@ func (a *Agent) start(ctx context.Context) error {
 	if err != nil || !m.Ours || m.ReadOnly {
 		return errors.Join(fmt.Errorf("the database is not mounted for writing: %w", agents.ErrMoot), err)
 	}
-	if a.c.BeforeStart != nil {
-		if err := a.c.BeforeStart(ctx); err != nil {
-			a.c.Log.Warn("database not saved before the start", agents.KeyErr, err)
-		}
+	if a.c.Prepared != nil && !a.c.Prepared() {
+		return fmt.Errorf("the database is being saved before another version opens it: %w", agents.ErrMoot) // asked again shortly
 	}
 	err = a.c.Units.Start(ctx, a.c.Names.Controller)
 	a.asked("start", err)

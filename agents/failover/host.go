@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -180,8 +181,9 @@ func ParseMounts(text []byte, mountPoint, device string) Mount {
 		dash := slices.Index(f, "-")
 		readOnly := slices.Contains(strings.Split(f[5], ","), "ro")
 		if dash > 0 && len(f) > dash+3 {
-			// ext4 that fell back after errors is "ro" in its own options.
-			readOnly = readOnly || slices.Contains(strings.Split(f[dash+3], ","), "ro")
+			// ext4 that fell back after errors says so in its own options: "ro", since Linux 6.14 "emergency_ro".
+			own := strings.Split(f[dash+3], ",")
+			readOnly = readOnly || slices.Contains(own, "ro") || slices.Contains(own, "emergency_ro")
 		}
 		switch {
 		case at == mountPoint:
@@ -207,8 +209,15 @@ func unescapeMount(s string) string {
 
 const unmountTimeout = time.Second
 
-// Unmount implements Mounts: umount runs in a child, because the call may never return.
+// What children do on the database's filesystem, each the purpose of its calls.
+const (
+	purposeProbe  = "probe"
+	purposeBackup = "backup"
+)
+
+// Unmount implements Mounts: umount runs in a child, because the call may never return. Our own children must not be what keeps the filesystem busy.
 func (m hostMounts) Unmount(ctx context.Context, mountPoint string) error {
+	m.children.Interrupt(purposeProbe, purposeBackup)
 	ctx, cancel := context.WithTimeout(ctx, unmountTimeout)
 	defer cancel()
 	res, err := m.children.Run(ctx, "umount", "umount", mountPoint)
@@ -508,6 +517,23 @@ func hasPromoter(text []byte, resource string) (bool, error) {
 		}
 	}
 	return false, nil
+}
+
+// nextEpoch returns a number for this life of the agent that is higher than those of earlier ones, even when the clock was set back: peers refuse beats of
+// an older life.
+func (f *hostFiles) nextEpoch(now time.Time) (int64, error) {
+	path := filepath.Join(f.paths.StateDir, "epoch")
+	epoch := now.UnixNano()
+	text, err := os.ReadFile(path)
+	if err == nil {
+		if old, perr := strconv.ParseInt(string(bytes.TrimSpace(text)), 10, 64); perr == nil && old < math.MaxInt64 {
+			epoch = max(epoch, old+1)
+		}
+	}
+	if err := writeFile(path, strconv.AppendInt(nil, epoch, 10)); err != nil {
+		return epoch, fmt.Errorf("keep epoch: %w", err)
+	}
+	return epoch, nil
 }
 
 func (f *hostFiles) heldPath() string { return filepath.Join(f.paths.StateDir, "held.json") }

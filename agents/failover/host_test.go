@@ -114,6 +114,7 @@ func TestParseMounts(t *testing.T) {
 		{table, "/var/lib/linstor", "147:7", Mount{Known: true, Foreign: true}},
 		{table, "/elsewhere", "147:7", Mount{Known: true}},
 		{strings.Replace(table, "drbd1000 rw\n31", "drbd1000 ro,errors=remount-ro\n31", 1), "/var/lib/linstor", "147:1000", Mount{Known: true, Ours: true, ReadOnly: true, Elsewhere: []string{"/mnt/a b"}}},
+		{strings.Replace(table, "drbd1000 rw\n31", "drbd1000 rw,abort,emergency_ro\n31", 1), "/var/lib/linstor", "147:1000", Mount{Known: true, Ours: true, ReadOnly: true, Elsewhere: []string{"/mnt/a b"}}},
 		{table + "40 30 0:50 / /var/lib/linstor rw - tmpfs tmpfs rw\n", "/var/lib/linstor", "147:1000", Mount{Known: true, Foreign: true, Elsewhere: []string{"/mnt/a b"}}},
 		{"garbage\n\n1 2\n", "/x", "147:1", Mount{Known: true}},
 	}

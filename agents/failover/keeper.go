@@ -3,6 +3,7 @@ package failover
 import (
 	"archive/zip"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -47,15 +48,22 @@ type keeper struct {
 	every    time.Duration // between two looks
 	log      *slog.Logger
 
-	mu  sync.Mutex
-	err string
+	changed func() // makes the agent look
+
+	mu      sync.Mutex
+	err     string
+	ctx     context.Context // of Run; nil: not running, nothing is begun
+	copying bool            // the database is being copied before another version opens it
+	tried   string          // the version that this was last done for, well or not
+	verErr  string          // what went wrong with it
+	work    sync.WaitGroup
 }
 
 // Trouble says what went wrong with the last backup, "" when nothing did.
 func (k *keeper) Trouble() string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.err
+	return cmp.Or(k.err, k.verErr)
 }
 
 // run looks now and then until ctx ends.
@@ -82,7 +90,7 @@ func (k *keeper) look(ctx context.Context) error {
 		return err
 	}
 	if s.owns() && s.Mount.Ours && s.Controller.Active == "active" && s.Health.REST.Fails == 0 && !s.Health.GoodAt.IsZero() {
-		if len(have) == 0 || time.Since(have[0].Taken) >= backupEvery {
+		if due(time.Now(), have) {
 			err = k.take(ctx)
 		}
 	} else if !s.owns() {
@@ -95,19 +103,39 @@ func (k *keeper) look(ctx context.Context) error {
 	return err
 }
 
+// due tells whether it is time for a backup. Those from the future were taken while the clock was wrong, and count for nothing.
+func due(now time.Time, have []Backup) bool {
+	for _, b := range have { // newest first
+		if !b.Taken.After(now) {
+			return now.Sub(b.Taken) >= backupEvery
+		}
+	}
+	return true
+}
+
 // take makes one backup through the controller's API and moves it off the database's filesystem, or takes one that the storage driver made lately.
-func (k *keeper) take(ctx context.Context) error {
+func (k *keeper) take(ctx context.Context) (err error) {
 	now := time.Now()
-	path, ours, err := k.recent(ctx)
+	path, ours, err := k.find(ctx)
+	// The filesystem has one GiB: what we asked for does not stay, whatever becomes of the copy, and nothing of an agent that was killed meanwhile.
+	defer func() {
+		if len(ours) > 0 {
+			err = errors.Join(err, k.child(ctx, append([]string{"rm", "-f", "--"}, ours...)...))
+		}
+	}()
 	if err != nil {
 		return err
 	}
 	if path == "" {
 		name := "xostor-" + now.UTC().Format("20060102T150405Z")
+		ours = append(ours, filepath.Join(k.names.MountPoint, name+".zip"))
 		if err := k.prober.call(ctx, copyTimeout, http.MethodPost, "/v1/controller/backup/db", map[string]string{"backup_name": name}, nil); err != nil {
 			return fmt.Errorf("ask controller for a backup: %w", err)
 		}
-		if path, ours, err = k.recent(ctx); err != nil {
+		var found []string
+		path, found, err = k.find(ctx)
+		ours = append(ours, found...)
+		if err != nil {
 			return err
 		}
 		if path == "" {
@@ -120,10 +148,6 @@ func (k *keeper) take(ctx context.Context) error {
 		return err
 	}
 	b, err := k.store.Take(local, now, whyHourly)
-	if ours {
-		// The filesystem has one GiB: what we asked for does not stay, whatever became of the copy.
-		err = errors.Join(err, k.child(ctx, "rm", "-f", "--", path))
-	}
 	if err != nil {
 		return err
 	}
@@ -131,24 +155,33 @@ func (k *keeper) take(ctx context.Context) error {
 	return nil
 }
 
-// recent finds the newest zip of the last hour on the database's filesystem. ours: this agent asked for it.
-func (k *keeper) recent(ctx context.Context) (path string, ours bool, err error) {
+// find looks for zips on the database's filesystem: the newest of the last hour, and all that this agent asked for.
+func (k *keeper) find(ctx context.Context) (newest string, ours []string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, copyTimeout)
 	defer cancel()
-	res, err := k.children.Run(ctx, "backup", "find", k.names.MountPoint, "-xdev", "-maxdepth", "2", "-type", "f", "-name", "*.zip", "-mmin", "-60", "-printf", `%T@ %p\n`)
+	res, err := k.children.Run(ctx, purposeBackup, "find", k.names.MountPoint, "-xdev", "-maxdepth", "2", "-type", "f", "-name", "*.zip", "-printf", `%T@ %p\n`)
 	if err != nil {
-		return "", false, fmt.Errorf("look for backups: %w", err)
+		return "", nil, fmt.Errorf("look for backups: %w", err)
 	}
-	newest := 0.0
+	now, best := float64(time.Now().UnixNano())/1e9, 0.0
 	for line := range strings.Lines(string(res.Stdout)) {
-		at, p, ok := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
+		at, path, ok := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
 		t, perr := strconv.ParseFloat(at, 64)
-		if ok && perr == nil && t > newest {
-			newest, path = t, p
+		if !ok || perr != nil {
+			continue
+		}
+		if strings.HasPrefix(filepath.Base(path), "xostor-") {
+			ours = append(ours, path)
+		}
+		if t > best && t <= now+clockSlack.Seconds() && now-t < backupEvery.Seconds() {
+			best, newest = t, path
 		}
 	}
-	return path, strings.HasPrefix(filepath.Base(path), "xostor-"), nil
+	return newest, ours, nil
 }
+
+// clockSlack is how far in the future the time of a file may be without the clock being wrong.
+const clockSlack = time.Minute
 
 // copyOff copies from the database's filesystem in a child, which may hang there.
 func (k *keeper) copyOff(ctx context.Context, from, to string) error {
@@ -161,7 +194,7 @@ func (k *keeper) copyOff(ctx context.Context, from, to string) error {
 func (k *keeper) child(ctx context.Context, argv ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, copyTimeout)
 	defer cancel()
-	res, err := k.children.Run(ctx, "backup", argv...)
+	res, err := k.children.Run(ctx, purposeBackup, argv...)
 	if err != nil {
 		return fmt.Errorf("%s: %w", argv[0], err)
 	}
@@ -203,24 +236,65 @@ func (k *keeper) keepsCopies(s *Snapshot) bool {
 	return before < backupCopies
 }
 
-// beforeStart keeps a copy of the database before a controller of another version opens it. The controller is down, so the files are at rest.
-func (k *keeper) beforeStart(ctx context.Context) error {
+// prepared tells whether the database is saved from a controller of another version, and begins to save it if not. The controller is down meanwhile, so the
+// files are at rest. It must not block: whoever asks must see a loss of quorum within milliseconds.
+func (k *keeper) prepared() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.ctx == nil {
+		return true
+	}
+	if k.copying {
+		return false
+	}
 	version := k.installed()
-	record := filepath.Join(k.state, "version")
-	old, err := os.ReadFile(record)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("read last version: %w", err)
+	if version == "" || version == k.tried {
+		return true
 	}
-	if version == "" || string(old) == version {
-		return nil
+	old, err := os.ReadFile(k.record())
+	switch {
+	case err == nil && string(old) == version:
+		return true
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		k.verErr, k.tried = fmt.Sprintf("read last version: %v", err), version
+		return true
 	}
-	if len(old) > 0 {
-		if err := k.takeOffline(ctx); err != nil {
-			return err
+	k.copying, k.tried = len(old) > 0, version
+	ctx, first := k.ctx, len(old) == 0
+	k.work.Go(func() {
+		var err error
+		if !first {
+			err = k.takeOffline(ctx)
 		}
-	}
-	return writeFile(record, []byte(version))
+		if err == nil {
+			err = writeFile(k.record(), []byte(version))
+		}
+		k.copied(err)
+		if err != nil {
+			k.log.Warn("database not saved before another version opens it", agents.KeyErr, err)
+		}
+	})
+	return !k.copying
 }
+
+// copied notes that the database is not read any more.
+func (k *keeper) copied(err error) {
+	k.mu.Lock()
+	was := k.copying
+	k.copying, k.verErr = false, ""
+	if err != nil {
+		k.verErr = err.Error()
+	}
+	if errors.Is(err, child.ErrInterrupted) {
+		k.tried = "" // the filesystem was needed; the next start tries again
+	}
+	k.mu.Unlock()
+	if was {
+		k.changed()
+	}
+}
+
+func (k *keeper) record() string { return filepath.Join(k.state, "version") }
 
 // installed identifies the installed controller by its files' names and sizes.
 func (k *keeper) installed() string {
@@ -244,6 +318,7 @@ func (k *keeper) takeOffline(ctx context.Context) error {
 	if err := k.copyOff(ctx, filepath.Join(k.names.MountPoint, db), local); err != nil {
 		return err
 	}
+	k.copied(nil) // the rest needs only the copy
 	packed := local + ".zip"
 	defer func() { _ = os.Remove(packed) }()
 	if err := zipFile(packed, local, db); err != nil {
@@ -272,6 +347,13 @@ func zipFile(to, from, name string) error {
 		return fmt.Errorf("pack backup: %w", err)
 	}
 	return nil
+}
+
+// begin lets prepared do its work until ctx ends; wait for k.work then.
+func (k *keeper) begin(ctx context.Context) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.ctx = ctx
 }
 
 // serve answers the other hosts until ctx ends.

@@ -221,7 +221,7 @@ func (p *prober) call(ctx context.Context, limit time.Duration, method, path str
 func (p *prober) probeDisk(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, probeDeadline)
 	defer cancel()
-	res, err := p.children.Run(ctx, "probe", "dd", "if=/dev/zero", "of="+p.file, "bs=512", "count=1", "conv=fsync", "status=none")
+	res, err := p.children.Run(ctx, purposeProbe, "dd", "if=/dev/zero", "of="+p.file, "bs=512", "count=1", "conv=fsync", "status=none")
 	if err != nil {
 		return err
 	}

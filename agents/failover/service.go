@@ -76,6 +76,11 @@ func NewService(cfg ServiceConfig) (*Service, error) {
 		return nil, err
 	}
 	s.assemble()
+	epoch, err := s.files.nextEpoch(time.Now())
+	if err != nil {
+		s.cfg.Log.Warn("a clock that is set back will make peers deaf to this agent", agents.KeyErr, err)
+	}
+	s.net.epoch = epoch
 	return s, nil
 }
 
@@ -175,12 +180,12 @@ func (s *Service) assemble() {
 	s.files = &hostFiles{paths: c.Paths, resource: c.Names.Resource, children: children}
 	s.keys = newKeyring(c.Key)
 	s.net = &network{keys: s.keys, port: c.Port, extra: c.Addresses, view: s.drbd.View, changed: s.hint, save: s.files.saveKnown, log: c.Log,
-		epoch: time.Now().UnixNano(), table: NewTable(c.Self, c.Policy.SuspectAfter, s.files.loadKnown()), last: map[string]packet{}, nameAt: map[netip.Addr]string{}, socks: map[netip.AddrPort]*net.UDPConn{}}
+		table: NewTable(c.Self, c.Policy.SuspectAfter, s.files.loadKnown()), last: map[string]packet{}, nameAt: map[netip.Addr]string{}, socks: map[netip.AddrPort]*net.UDPConn{}}
 	s.prober = newProber(c.Controller, c.Names.MountPoint, children, c.ProbeEvery, s.hint)
 	s.keeper = &keeper{store: &Store{Dir: c.Paths.backups()}, prober: s.prober, names: c.Names, state: c.Paths.StateDir, jars: c.Jars,
-		say: s.net.sayBackups, address: s.net.addressOf, keys: s.keys, children: children, every: c.BackupLook, log: c.Log}
+		say: s.net.sayBackups, address: s.net.addressOf, keys: s.keys, children: children, every: c.BackupLook, changed: s.hint, log: c.Log}
 	s.agent = New(Config{Self: c.Self, Names: c.Names, Policy: c.Policy, Force: c.Force, DRBD: s.drbd, Units: s.units, Mounts: hostMounts{c.Major, children},
-		Prober: s.prober, Talk: s.net, Files: s.files, BeforeStart: s.keeper.beforeStart, BackupTrouble: s.keeper.Trouble, Log: c.Log})
+		Prober: s.prober, Talk: s.net, Files: s.files, Prepared: s.keeper.prepared, BackupTrouble: s.keeper.Trouble, Log: c.Log})
 	s.keeper.last = s.agent.Last
 }
 
@@ -251,6 +256,7 @@ func (s *Service) Run(ctx context.Context, o agents.Options) error {
 	wg.Go(func() { s.net.run(ctx, s.beats) })
 	wg.Go(func() { s.prober.run(ctx) })
 	if !s.cfg.NoBackups {
+		s.keeper.begin(ctx)
 		wg.Go(func() { s.keeper.run(ctx) })
 	}
 	wg.Go(func() { s.keeper.serve(ctx, s.backups) })
@@ -259,6 +265,7 @@ func (s *Service) Run(ctx context.Context, o agents.Options) error {
 	cancel()
 	s.units.Close()
 	wg.Wait()
+	s.keeper.work.Wait()
 	_ = os.Remove(s.cfg.Socket) // the next start removes it too
 	return err
 }

@@ -178,6 +178,13 @@ func (s *Store) Prune(now time.Time) error {
 		// The description goes first: a zip alone is not listed, a description alone neither.
 		err = errors.Join(err, os.Remove(filepath.Join(s.Dir, b.Name+".json")), os.Remove(filepath.Join(s.Dir, b.Name)))
 	}
+	parts, _ := filepath.Glob(filepath.Join(s.Dir, ".incoming-*")) // the pattern is well formed
+	for _, path := range parts {
+		// Of an agent that was killed; what is being written now is younger.
+		if info, serr := os.Stat(path); serr == nil && now.Sub(info.ModTime()).Abs() > time.Hour {
+			err = errors.Join(err, os.Remove(path))
+		}
+	}
 	if err != nil {
 		return fmt.Errorf("prune backups: %w", err)
 	}

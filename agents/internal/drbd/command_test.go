@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -169,6 +170,38 @@ func (s *scripted) Follow(ctx context.Context, view func(*drbd.Resource)) error 
 		view(r)
 	}
 	return s.err
+}
+
+// Children of a purpose can be ended from outside, others go on.
+func TestRunner_Interrupt(t *testing.T) {
+	var r child.Runner
+	ended := map[string]chan error{"a": make(chan error, 1), "b": make(chan error, 1)}
+	ctx, cancel := context.WithCancel(t.Context())
+	for purpose, to := range ended {
+		go func() {
+			_, err := r.Run(ctx, purpose, "sleep", "600")
+			to <- err
+		}()
+	}
+	for done := false; !done; { // the child may not have started yet
+		r.Interrupt("a", "c")
+		select {
+		case err := <-ended["a"]:
+			if !errors.Is(err, child.ErrInterrupted) {
+				t.Errorf("ended with %v", err)
+			}
+			done = true
+		default:
+			runtime.Gosched()
+		}
+	}
+	select {
+	case err := <-ended["b"]:
+		t.Errorf("the other ended too: %v", err)
+	default:
+	}
+	cancel()
+	<-ended["b"]
 }
 
 func TestWatcher_RespawnsAndTellsStaleness(t *testing.T) {

@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -23,6 +24,9 @@ const maxOutput = 1 << 20
 // ErrStuck says that an earlier child for the same purpose was left behind and is still there.
 var ErrStuck = errors.New("an earlier call is still stuck in the kernel")
 
+// ErrInterrupted says that Interrupt ended the call.
+var ErrInterrupted = errors.New("interrupted")
+
 // Result is what a child that ended left.
 type Result struct {
 	Exit   int // exit code; 128+n when signal n ended it
@@ -32,8 +36,20 @@ type Result struct {
 
 // Runner runs children. Its zero value is ready.
 type Runner struct {
-	mu    sync.Mutex
-	stuck map[string]int // children left behind, by purpose
+	mu      sync.Mutex
+	stuck   map[string]int // children left behind, by purpose
+	running map[*started]context.CancelCauseFunc
+}
+
+// Interrupt kills the children that run for these purposes now, so that they hold nothing open. Their calls end with an error matching ErrInterrupted.
+func (r *Runner) Interrupt(purposes ...string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for c, cancel := range r.running {
+		if slices.Contains(purposes, c.purpose) {
+			cancel(ErrInterrupted)
+		}
+	}
 }
 
 // Stuck counts the children left behind for a purpose that have not ended yet.
@@ -73,6 +89,10 @@ func (r *Runner) Run(ctx context.Context, purpose string, argv ...string) (Resul
 		return Result{}, fmt.Errorf("run %s: %w", argv[0], err)
 	}
 	c := &started{purpose: purpose}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	r.begin(c, cancel)
+	defer r.end(c)
 	ended := make(chan Result, 1)
 	go func() {
 		_ = cmd.Wait() // the state says it all
@@ -103,6 +123,21 @@ const killGrace = 20 * time.Millisecond
 type started struct {
 	purpose     string
 	ended, left bool // under the Runner's lock
+}
+
+func (r *Runner) begin(c *started, cancel context.CancelCauseFunc) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.running == nil {
+		r.running = map[*started]context.CancelCauseFunc{}
+	}
+	r.running[c] = cancel
+}
+
+func (r *Runner) end(c *started) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.running, c)
 }
 
 func (r *Runner) leave(c *started) {
