@@ -109,6 +109,10 @@ func (d *decider) release() bool {
 	if !d.m.Releasing.IsZero() && d.now.Sub(d.m.Releasing) > d.s.Policy.HoldersAfter {
 		text := "the database is not released after " + d.now.Sub(d.m.Releasing).Round(time.Second).String()
 		fix := "find what holds the device: grep " + d.s.Names.MountPoint + " /proc/*/mountinfo; fuser -vm " + d.s.Names.MountPoint
+		if a := d.m.Asked["demote"]; a.Err != "" {
+			text += "; DRBD refuses the demotion: " + a.Err
+			fix = "drbdadm secondary --force " + d.s.Names.Resource + "; dmesg | grep drbd"
+		}
 		if len(d.s.Holders) > 0 {
 			text += "; held by " + strings.Join(d.s.Holders, ", ")
 			fix = "end these processes, or leave their mount namespaces"
@@ -253,6 +257,10 @@ func (d *decider) guardOwner() {
 // supervise keeps the controller running and healthy on a host that owns and has mounted the database.
 func (d *decider) supervise() {
 	s, c := d.s, &d.s.Controller
+	if n := len(d.m.Failures); n >= s.Policy.MaxFailures && c.Active != "active" {
+		d.find("database-does-not-open", agents.Critical, fmt.Sprintf("the controller failed %d times and no other host does better", n),
+			"journalctl -u "+s.Names.Controller+"; xostor controller backups; xostor controller restore --plan")
+	}
 	switch {
 	case c.Load == "not-found" || c.Load == "masked":
 		d.find("controller-unit-missing", agents.Critical, s.Names.Controller+" is "+c.Load, "systemctl unmask "+s.Names.Controller)
@@ -285,10 +293,6 @@ func (d *decider) start() {
 		pause := time.Duration(0)
 		if n > 1 {
 			pause = min(d.s.Policy.RestartBackoff<<min(n-2, 20), d.s.Policy.PenaltyMax)
-		}
-		if n >= d.s.Policy.MaxFailures {
-			d.find("database-does-not-open", agents.Critical, fmt.Sprintf("the controller failed %d times and no other host does better", n),
-				"journalctl -u "+d.s.Names.Controller+"; xostor controller backups; xostor controller restore --plan")
 		}
 		if left := pause - d.now.Sub(d.m.Failures[n-1]); left > 0 {
 			d.RecheckIn(left)
@@ -622,6 +626,9 @@ func (d *decider) boot() bool {
 	})
 	if !absent && !detached {
 		return false
+	}
+	if a := d.m.Asked["bring-up"]; a.N >= 2 && a.Err != "" {
+		d.find("resource-not-up", agents.Critical, "the resource does not come up: "+strings.ReplaceAll(a.Err, "\n", "; "), "lvs; lvchange -ay the volume that "+s.Names.Resource+".res names; drbdadm adjust "+s.Names.Resource)
 	}
 	switch {
 	case s.File.Known && !s.File.Valid && s.File.Copy:

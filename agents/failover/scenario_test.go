@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/xostor-agents/xostor-agents/agents"
 	"github.com/xostor-agents/xostor-agents/agents/failover"
 	"github.com/xostor-agents/xostor-agents/integration/lab/drbdsim"
 )
@@ -229,5 +230,140 @@ func TestScenario_DisconnectedByHand(t *testing.T) {
 	w.clock.Run(5 * time.Second)
 	if len(a.held) > 0 {
 		t.Errorf("still kept on disk: %v", a.held)
+	}
+}
+
+// found returns a host's finding of a code, nil when it has none.
+func (w *world) found(t *testing.T, h *host, code string) *agents.Finding {
+	t.Helper()
+	s, err := h.agent.Observe(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range failover.Decide(w.clock.Now(), s).Findings {
+		if f.Code == code {
+			return &f
+		}
+	}
+	return nil
+}
+
+func (w *world) isolate(h *host, broken bool) {
+	for _, o := range w.hosts {
+		if o != h {
+			w.cl.Cut(h.node, o.node, broken)
+		}
+	}
+}
+
+// DRBD refuses to demote an owner that lost quorum. Its controller dies and its filesystem goes all the same, a finding says what DRBD said, and nothing is
+// started there until the demotion is done.
+func TestScenario_DemotionRefused(t *testing.T) {
+	for _, policy := range []string{"io-error", "suspend-io"} {
+		t.Run(policy, func(t *testing.T) {
+			w := scripted(t, 3, policy)
+			o := w.bootAll(t)
+			o.node.RefuseDemotion = true
+			w.isolate(o, true)
+			w.want(t, time.Minute, "another host runs the controller", func() bool { n := w.owner(); return n != nil && n != o })
+			if policy == "io-error" {
+				w.want(t, 10*time.Second, "the filesystem is gone", func() bool { return !o.mounted && !o.ctlAlive })
+			}
+			if f := w.found(t, o, "release-stuck"); f == nil || !strings.Contains(f.Text, "refuses the demotion") {
+				t.Errorf("finding: %+v", f)
+			}
+			w.clock.Run(time.Minute)
+			if o.ctl.active == "active" || !o.node.IsPrimary() {
+				t.Errorf("a controller without quorum, or the fault is over: %s", w.summary())
+			}
+			o.node.RefuseDemotion = false
+			w.want(t, 10*time.Second, "the old owner has let go", func() bool { return !o.mounted && !o.ctlAlive && !o.node.IsPrimary() })
+			w.isolate(o, false)
+			w.want(t, time.Minute, "all are connected", func() bool { return w.owner() != nil && w.owner() != o && w.connected() })
+			if f := w.found(t, o, "release-stuck"); f != nil {
+				t.Errorf("still found: %+v", f)
+			}
+		})
+	}
+}
+
+// A host boots while its volume is missing: the others have the controller, the host says what is missing, and comes up when it is back.
+func TestScenario_VolumeMissingAtBoot(t *testing.T) {
+	w := scripted(t, 3, "io-error")
+	o := w.bootAll(t)
+	o.down()
+	o.node.NoBacking = true
+	o.boot()
+	w.want(t, time.Minute, "another host runs the controller", func() bool { n := w.owner(); return n != nil && n != o })
+	w.clock.Run(30 * time.Second)
+	if f := w.found(t, o, "resource-not-up"); f == nil || !strings.Contains(f.Text, "backing device") {
+		t.Errorf("finding: %+v", f)
+	}
+	o.node.NoBacking = false
+	w.want(t, 3*time.Minute, "all are connected", w.connected)
+	if f := w.found(t, o, "resource-not-up"); f != nil {
+		t.Errorf("still found: %+v", f)
+	}
+}
+
+// A controller that starts nowhere stays on one host, with a finding that points to the backups, and comes up when its database opens again.
+func TestScenario_StartFailsEverywhere(t *testing.T) {
+	w := scripted(t, 3, "io-error")
+	o := w.bootAll(t)
+	for _, h := range w.hosts {
+		h.startFails = 1000
+	}
+	o.killController()
+	w.clock.Run(3 * time.Minute)
+	found := 0
+	for _, h := range w.hosts {
+		if f := w.found(t, h, "database-does-not-open"); f != nil && strings.Contains(f.Fix, "restore --plan") {
+			found++
+		}
+	}
+	if found != 1 {
+		t.Errorf("%d hosts say that the database does not open, want the one that has it\n%s", found, w.summary())
+	}
+	moves := strings.Count(strings.Join(w.log, "\n"), "start-controller")
+	for _, h := range w.hosts {
+		h.startFails = 0
+	}
+	w.want(t, 6*time.Minute, "a controller", func() bool { return w.owner() != nil })
+	if moves > 40 {
+		t.Errorf("%d starts in three minutes: no back-off", moves)
+	}
+}
+
+// Only the management network is cut: nothing happens.
+func TestScenario_ManagementCut(t *testing.T) {
+	w := scripted(t, 3, "io-error")
+	o := w.bootAll(t)
+	pid := o.ctl.pid
+	for _, h := range w.hosts {
+		if h != o {
+			w.mgmtCut[edge(h, o)] = true
+		}
+	}
+	w.clock.Run(2 * time.Minute)
+	if w.owner() != o || o.ctl.pid != pid {
+		t.Errorf("the controller was disturbed: %s", w.summary())
+	}
+}
+
+// The resource has no quorum: nobody is promoted, and a finding says what to set.
+func TestScenario_QuorumOff(t *testing.T) {
+	w := scripted(t, 3, "io-error")
+	w.cl.Quorum = "off"
+	for _, h := range w.hosts {
+		h.boot()
+	}
+	w.clock.Run(2 * time.Minute)
+	for _, h := range w.hosts {
+		if h.node.IsPrimary() || h.mounted || h.ctlAlive {
+			t.Errorf("%s took a resource without quorum", h.node.Name)
+		}
+		if f := w.found(t, h, "quorum-off"); f == nil || !strings.Contains(f.Fix, "majority") {
+			t.Errorf("%s finding: %+v", h.node.Name, f)
+		}
 	}
 }

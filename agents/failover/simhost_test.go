@@ -355,7 +355,7 @@ func (d simDRBD) Status(context.Context) (*drbd.Resource, error) {
 }
 
 func (d simDRBD) Options() drbd.Options {
-	return drbd.Options{Quorum: "majority", OnNoQuorum: d.h.w.cl.OnNoQuorum, RRConflict: d.h.w.cl.RRConflict, NodeID: d.h.node.ID}
+	return drbd.Options{Quorum: d.h.w.cl.Quorum, OnNoQuorum: d.h.w.cl.OnNoQuorum, RRConflict: d.h.w.cl.RRConflict, NodeID: d.h.node.ID}
 }
 
 func (d simDRBD) answer(e *drbdsim.Error) error {
@@ -396,8 +396,7 @@ func (d simDRBD) Connect(_ context.Context, id int) error {
 
 func (d simDRBD) Adjust(context.Context) error {
 	d.h.proc.sleep(50*time.Millisecond, false)
-	d.h.node.BringUp()
-	return nil
+	return d.answer(d.h.node.Adjust())
 }
 
 type simUnits struct{ h *host }

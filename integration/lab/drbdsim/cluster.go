@@ -11,6 +11,7 @@ import (
 type Config struct {
 	Resource    string
 	Nodes       []NodeConfig
+	Quorum      string // as `show` tells it: "majority" (default) or "off"; the model always counts a majority
 	OnNoQuorum  string // "io-error" or "suspend-io"
 	RRConflict  string // "disconnect", "retry-connect" or "auto-discard"
 	OnSuspended string // "disconnect" or "force-secondary"
@@ -46,6 +47,7 @@ var (
 	errRefused      = &Error{11, -10, "State change was refused by peer node"}
 	errNoData       = &Error{17, -2, "Need access to UpToDate data"}
 	errUnknownRes   = &Error{10, 158, "Unknown resource"}
+	errNoBacking    = &Error{10, 104, "Can not open backing device."}
 	errNetConfig    = &Error{10, 125, "Device has a net-config (use disconnect first)"}
 )
 
@@ -92,6 +94,10 @@ type Node struct {
 
 	// Minor is this host's device minor; Config.Minor unless changed.
 	Minor int
+	// RefuseDemotion makes every demotion by command fail.
+	RefuseDemotion bool
+	// NoBacking: the local disk's volume is missing, so that adjust fails and the resource stays down.
+	NoBacking bool
 	// OnForced is called when the host is demoted by force while held; nil: nobody wants to know.
 	OnForced func()
 }
@@ -110,6 +116,9 @@ type conn struct {
 
 // New makes the cluster, all hosts down.
 func New(cfg Config, sched Scheduler) *Cluster {
+	if cfg.Quorum == "" {
+		cfg.Quorum = "majority"
+	}
 	if cfg.PingInt == 0 {
 		cfg.PingInt = 10 * time.Second
 	}
@@ -178,6 +187,15 @@ func (c *Cluster) Boot(n *Node) {
 
 // Start starts a host's kernel without the resource.
 func (c *Cluster) Start(n *Node) { n.alive, n.frozen = true, false }
+
+// Adjust is drbdadm adjust.
+func (n *Node) Adjust() *Error {
+	if n.NoBacking && !n.up {
+		return errNoBacking
+	}
+	n.BringUp()
+	return nil
+}
 
 // BringUp attaches the disk and connects, as drbdadm adjust does. What is up already stays.
 func (n *Node) BringUp() {
@@ -918,6 +936,8 @@ func (n *Node) Secondary(force bool) *Error {
 		return nil // exit 0, as for a module that is not loaded
 	case !n.primary:
 		return nil
+	case n.RefuseDemotion:
+		return errRefused
 	case len(n.holders) > 0 && !force:
 		return errHeldOpen
 	case len(n.holders) > 0:

@@ -184,7 +184,7 @@ func (s *Server) command(n *Node, q call) (out string, exit int) {
 		}
 		s.Wall.Do(func() { out, exit = answer(n.Connect(id)) })
 	case "adjust":
-		s.Wall.Do(n.BringUp)
+		s.Wall.Do(func() { out, exit = answer(n.Adjust()) })
 	case "status":
 		s.Wall.Do(func() { out = n.StatusJSON() })
 		if out == "[]\n" {

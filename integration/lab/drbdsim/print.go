@@ -169,6 +169,6 @@ func (n *Node) ShowJSON() string {
 	for _, k := range n.conns {
 		conns = append(conns, fmt.Sprintf(`{"_peer_node_id":%d,"net":{"_name":%q,"rr-conflict":%q}}`, k.peer.ID, k.peer.Name, n.c.RRConflict))
 	}
-	return fmt.Sprintf(`[{"resource":%q,"options":{"quorum":"majority","on-no-quorum":%q,"auto-promote":%t,"on-suspended-primary-outdated":%q},"_this_host":{"node-id":%d},"connections":[%s]}]`+"\n",
-		n.c.Resource, n.c.OnNoQuorum, n.c.AutoPromote, n.c.OnSuspended, n.ID, strings.Join(conns, ","))
+	return fmt.Sprintf(`[{"resource":%q,"options":{"quorum":%q,"on-no-quorum":%q,"auto-promote":%t,"on-suspended-primary-outdated":%q},"_this_host":{"node-id":%d},"connections":[%s]}]`+"\n",
+		n.c.Resource, n.c.Quorum, n.c.OnNoQuorum, n.c.AutoPromote, n.c.OnSuspended, n.ID, strings.Join(conns, ","))
 }
