@@ -155,7 +155,7 @@ func TestPrepared_ReleaseEndsTheCopy(t *testing.T) {
 		t.Fatal(err)
 	}
 	k.install(t, "22")
-	if k.prepared() || k.prepared() {
+	if first, second := k.prepared(), k.prepared(); first || second {
 		t.Error("prepared while the copy runs")
 	}
 	for len(k.changes) == 0 { // the child may not have started yet

@@ -201,7 +201,9 @@ func TestRunner_Interrupt(t *testing.T) {
 	default:
 	}
 	cancel()
-	<-ended["b"]
+	if err := <-ended["b"]; !errors.Is(err, context.Canceled) {
+		t.Errorf("the other ended with %v", err)
+	}
 }
 
 func TestWatcher_RespawnsAndTellsStaleness(t *testing.T) {
