@@ -351,7 +351,7 @@ func (d *decider) sick() string {
 
 func (d *decider) hung() {
 	if d.s.Health.DiskFull {
-		d.find("database-filesystem-full", agents.Critical, "no space is left on the database's filesystem", "ls -lt "+d.s.Names.MountPoint+"; remove old backups there")
+		d.find("database-filesystem-full", agents.Critical, "hardly any space is left on the database's filesystem", "ls -lt "+d.s.Names.MountPoint+"; remove old backups there")
 	}
 	why := d.sick()
 	if why == "" {

@@ -217,20 +217,40 @@ func (p *prober) call(ctx context.Context, limit time.Duration, method, path str
 	return nil
 }
 
-// probeDisk writes and syncs a small file in a child. One that hangs is left behind, and the next probe fails at once until it is gone.
+// leastFree is the free space in bytes under which the filesystem counts as full. The database needs some to grow, and to be compacted.
+const leastFree = 1 << 20
+
+// probeDisk writes and syncs a small file in a child, and looks for room in another. One that hangs is left behind, and the next probe fails at once until it is
+// gone. Error: matches ENOSPC when there is no room.
 func (p *prober) probeDisk(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, probeDeadline)
 	defer cancel()
-	res, err := p.children.Run(ctx, purposeProbe, "dd", "if=/dev/zero", "of="+p.file, "bs=512", "count=1", "conv=fsync", "status=none")
+	if _, err := p.child(ctx, "dd", "if=/dev/zero", "of="+p.file, "bs=512", "count=1", "conv=fsync", "status=none"); err != nil {
+		return err
+	}
+	// The file's own block is enough for the file, so its success says nothing of room.
+	text, err := p.child(ctx, "stat", "--file-system", "--format=%f %S", p.file)
 	if err != nil {
 		return err
+	}
+	var blocks, size uint64
+	if _, err := fmt.Sscan(text, &blocks, &size); err == nil && blocks*size < leastFree {
+		return fmt.Errorf("%d bytes are free: %w", blocks*size, syscall.ENOSPC)
+	}
+	return nil
+}
+
+func (p *prober) child(ctx context.Context, argv ...string) (string, error) {
+	res, err := p.children.Run(ctx, purposeProbe, argv...)
+	if err != nil {
+		return "", err
 	}
 	if res.Exit != 0 {
 		text := string(bytes.TrimSpace(res.Stderr))
 		if strings.Contains(text, syscall.ENOSPC.Error()) || strings.Contains(strings.ToLower(text), "no space left") {
-			return fmt.Errorf("write %s: %w", p.file, syscall.ENOSPC)
+			return "", fmt.Errorf("write %s: %w", p.file, syscall.ENOSPC)
 		}
-		return fmt.Errorf("write %s: %s", p.file, text)
+		return "", fmt.Errorf("write %s: %s", p.file, text)
 	}
-	return nil
+	return string(res.Stdout), nil
 }

@@ -94,23 +94,7 @@ func BenchmarkPromote(b *testing.B) {
 			}
 			return next != nil
 		})
-		var primary, back, may time.Time
-		for _, c := range p.Server.Calls() {
-			if c.Node != next.Name || !strings.HasPrefix(c.Command, "primary") || c.At.Before(began) || !back.IsZero() {
-				continue
-			}
-			if primary.IsZero() {
-				primary = c.At
-			}
-			if c.Exit == 0 { // after refusals perhaps: DRBD takes one promotion at a time
-				back = c.At.Add(c.Took)
-			}
-		}
-		for _, g := range p.Server.Printed() {
-			if g.Node == next.Name && g.At.After(began) && g.At.Before(primary) && strings.Contains(strings.Join(g.Lines, "\n"), "may_promote:yes") {
-				may = g.At
-			}
-		}
+		may, primary, back := promotion(p, next, began)
 		start := jobSent(b, next, realpool.MountUnit, began)
 		if !may.IsZero() && !start.IsZero() { // else it was promoted by a probe, before may_promote
 			own := primary.Sub(may) + start.Sub(back)
@@ -125,6 +109,28 @@ func BenchmarkPromote(b *testing.B) {
 	report(b, "may_promote:yes printed -> systemd has begun the mount unit, without DRBD's time", begun)
 	report(b, "may_promote:yes printed -> StartUnit is sent, without DRBD's time", sent)
 	p.Close()
+}
+
+// promotion returns when events2 printed may_promote:yes on a host after t, and when the first `drbdsetup primary` after that asked DRBD and a successful one was
+// answered; zero: not.
+func promotion(p *realpool.Pool, next *realpool.Host, t time.Time) (may, primary, back time.Time) {
+	for _, c := range p.Server.Calls() {
+		if c.Node != next.Name || !strings.HasPrefix(c.Command, "primary") || c.At.Before(t) || !back.IsZero() {
+			continue
+		}
+		if primary.IsZero() {
+			primary = c.At
+		}
+		if c.Exit == 0 { // after refusals perhaps: DRBD takes one promotion at a time
+			back = c.At.Add(c.Took)
+		}
+	}
+	for _, g := range p.Server.Printed() {
+		if g.Node == next.Name && g.At.After(t) && g.At.Before(primary) && strings.Contains(strings.Join(g.Lines, "\n"), "may_promote:yes") {
+			may = g.At
+		}
+	}
+	return may, primary, back
 }
 
 // jobSent returns when the agent of a host first sent a start of a unit after t; zero: not.

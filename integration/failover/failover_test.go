@@ -21,7 +21,7 @@ func restarted(t *testing.T, p *realpool.Pool, o *realpool.Host, pid int) {
 	// A stopped process accepts connections and never answers: three probes of five seconds come before anything is done.
 	p.Until(lasting, "another controller process on the same host", func() bool {
 		u := o.State(realpool.Controller)
-		return u.Active == "active" && u.MainPID != pid
+		return u.Active == "active" && u.MainPID != pid && u.MainPID != 0 // state and process are read one after the other
 	})
 }
 

@@ -38,6 +38,7 @@ type agentConfig struct {
 	Drbdsetup  string
 	Drbdadm    string
 	ProbeEvery time.Duration
+	Jars       string
 	Jobs       string // file that notes each start sent to systemd: nanoseconds since 1970, unit
 }
 
@@ -57,8 +58,13 @@ func needPool(tb testing.TB) {
 // newPool boots three hosts; the agents are this binary, with short pauses.
 func newPool(tb testing.TB, onNoQuorum string) *realpool.Pool {
 	tb.Helper()
+	return newPoolWith(tb, onNoQuorum, agentCommand)
+}
+
+func newPoolWith(tb testing.TB, onNoQuorum string, agent func(*realpool.Host) (*exec.Cmd, error)) *realpool.Pool {
+	tb.Helper()
 	needPool(tb)
-	o := realpool.Options{OnNoQuorum: onNoQuorum, Agent: agentCommand}
+	o := realpool.Options{OnNoQuorum: onNoQuorum, Agent: agent}
 	if _, ok := tb.(*testing.B); ok {
 		// A small program starts as fast as drbd-utils does; the test binary takes milliseconds more.
 		o.Face = filepath.Join(tb.TempDir(), "face")
@@ -96,7 +102,7 @@ func agentCommand(h *realpool.Host) (*exec.Cmd, error) {
 	}
 	cfg, err := json.Marshal(agentConfig{Self: h.Name, Names: h.Names(), Policy: policy(), Paths: failover.Paths{ResDir: h.ResDir(), StateDir: h.StateDir(), ReactorCfg: filepath.Join(h.Dir, "reactor.toml"), ReactorDir: filepath.Join(h.Dir, "reactor.d")},
 		Controller: h.URL(), Socket: h.Socket(), Listen: h.Node.Address(), Port: h.Pool().Port, Major: realpool.LoopMajor,
-		Drbdsetup: h.Pool().Drbdsetup(), Drbdadm: h.Pool().Drbdadm(), ProbeEvery: 300 * time.Millisecond, Jobs: jobsFile(h)})
+		Drbdsetup: h.Pool().Drbdsetup(), Drbdadm: h.Pool().Drbdadm(), ProbeEvery: 300 * time.Millisecond, Jars: filepath.Join(h.Dir, "*.jar"), Jobs: jobsFile(h)})
 	if err != nil {
 		return nil, err
 	}
@@ -120,7 +126,7 @@ func agentMain() error {
 	}
 	defer jobs.Close()
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	s, err := failover.NewService(failover.ServiceConfig{Self: c.Self, Key: failover.BeatKey([]byte("test")), Names: c.Names, Policy: c.Policy, Paths: c.Paths, Controller: c.Controller,
+	s, err := failover.NewService(failover.ServiceConfig{Self: c.Self, Key: failover.BeatKey([]byte("test")), Names: c.Names, Policy: c.Policy, Paths: c.Paths, Controller: c.Controller, Jars: c.Jars,
 		Socket: c.Socket, Listen: c.Listen, Port: c.Port, Major: c.Major, Drbdsetup: c.Drbdsetup, Drbdadm: c.Drbdadm, ProbeEvery: c.ProbeEvery, BackupLook: 200 * time.Millisecond, Log: log,
 		JobSent: func(unit string) { fmt.Fprintln(jobs, time.Now().UnixNano(), unit) }})
 	if err != nil {

@@ -3,6 +3,7 @@ package drbd_test
 import (
 	"context"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -236,4 +237,92 @@ func TestWatcher_RespawnsAndTellsStaleness(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A stream that is cut in the middle of a line, or in which two lines ran into each other, is left at once, and the next dump is the truth: nothing of what the
+// garbled lines said remains.
+func TestWatcher_GarbledStream(t *testing.T) {
+	const dump = "exists resource name:db role:Secondary suspended:no may_promote:no promotion_score:10101\nexists device name:db volume:0 minor:1 disk:UpToDate client:no quorum:yes\nexists -\n"
+	for name, garbage := range map[string]string{
+		"cut":         "change resource name:db role:Primary may_pro",
+		"cut, more":   "change resource name:db role:Pri\nchange device na\n",
+		"interleaved": "change resource name:db role:Primchange device name:db volume:0 quorum:no ary may_promote:no\nchange device volume:0\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			script := filepath.Join(dir, "drbdsetup")
+			// The first life prints the garbage, the second does not, and stays.
+			text := "#!/bin/sh\ncat " + dir + "/dump\n[ -e " + dir + "/again ] && exec cat\ntouch " + dir + "/again\ncat " + dir + "/garbage\n"
+			for file, content := range map[string]string{"drbdsetup": text, "dump": dump, "garbage": garbage} {
+				if err := os.WriteFile(filepath.Join(dir, file), []byte(content), 0o700); err != nil {
+					t.Fatal(err)
+				}
+			}
+			changes := make(chan struct{}, 64)
+			w := drbd.NewWatcher(drbd.Events2{Program: script, Resource: "db"}, func() { changes <- struct{}{} }, nil)
+			ctx, cancel := context.WithCancel(t.Context())
+			ended := make(chan struct{})
+			go func() { w.Run(ctx); close(ended) }()
+			for v := w.View(); v.Restarts == 0 || !v.Fresh; v = w.View() {
+				<-changes
+			}
+			r := w.View().Resource
+			if r == nil || r.Role != drbd.Secondary || r.Quorum() != drbd.Yes || len(r.Devices) != 1 {
+				t.Errorf("after the garbage: %+v", r)
+			}
+			cancel()
+			<-ended
+		})
+	}
+}
+
+// breaking is a Source that shows one view and ends.
+type breaking struct{}
+
+func (breaking) Follow(_ context.Context, view func(*drbd.Resource)) error {
+	view(&drbd.Resource{Name: "db"})
+	return io.EOF
+}
+
+// Ten thousand broken streams, and a few hundred commands, leave no goroutine and no open file behind.
+func TestWatcher_DoesNotGrow(t *testing.T) {
+	files := func() int {
+		list, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list)
+	}
+	var r child.Runner
+	cycle := func(n int) {
+		for range n {
+			if _, err := r.Run(t.Context(), "true", "true"); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	cycle(10)
+	goroutines, open := runtime.NumGoroutine(), files()
+	cycle(300)
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		breaks := 0
+		var w *drbd.Watcher
+		w = drbd.NewWatcher(breaking{}, func() {
+			if breaks = w.View().Restarts; breaks == 10000 {
+				cancel()
+			}
+		}, nil)
+		w.Run(ctx)
+		if breaks != 10000 {
+			t.Errorf("%d breaks", breaks)
+		}
+	})
+	// The last call's goroutines may be ending still.
+	for end := time.Now().Add(time.Minute); (runtime.NumGoroutine() > goroutines || files() > open) && time.Now().Before(end); {
+		runtime.Gosched()
+	}
+	if g, f := runtime.NumGoroutine(), files(); g > goroutines || f > open {
+		t.Errorf("goroutines %d -> %d, open files %d -> %d", goroutines, g, open, f)
+	}
 }

@@ -31,7 +31,7 @@ func isFace(name string) bool { return slices.Contains([]string{"drbdsetup", "dr
 // their stand-in, and with EnvProgram=controller linstor-controller's; then it does not return. agent, if not nil, is run for EnvProgram=agent.
 //
 // The controller's stand-in writes to its database all the time, serves REST on ADDRESS, and does what the file MODE says: "500" answers like one
-// whose H2 has closed itself; "slow" starts after two seconds; "fail" does not start.
+// whose H2 has closed itself; "slow" starts after two seconds; "fail" does not start; "backup-hangs" writes a part of each backup and then nothing more.
 func Main(agent func() error) {
 	if name := filepath.Base(os.Args[0]); isFace(name) {
 		os.Exit(drbdsim.Face(name, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
@@ -104,6 +104,11 @@ func controller() error {
 			return
 		}
 		defer f.Close()
+		if mode() == "backup-hangs" {
+			_, _ = f.WriteString("PK") // what becomes of it does not matter
+			<-r.Context().Done()
+			return
+		}
 		z := zip.NewWriter(f)
 		e, err := z.Create("linstordb.mv.db")
 		if err == nil {
