@@ -99,7 +99,7 @@ mount --make-rprivate /
 mount -t proc proc /proc
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount --bind "$1/run" /run
-exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=xostor-test SYSTEMD_UNIT_PATH="$1/units" /lib/systemd/systemd --system --log-target=console --log-level=warning`
+exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin container=xostor-test SYSTEMD_UNIT_PATH="$1/units:/run/systemd/system" /lib/systemd/systemd --system --log-target=console --log-level=warning`
 
 // Start boots systemd with the given units (name to text) in dir and waits until it answers. It is killed when the test ends.
 func Start(tb TB, dir string, units map[string]string) *Instance {

@@ -90,7 +90,8 @@ type Node struct {
 
 	printed map[string]string
 	order   []string
-	hear    func(lines []string)
+
+	listeners []*listener
 
 	// Minor is this host's device minor; Config.Minor unless changed.
 	Minor int

@@ -131,14 +131,16 @@ func (s *Server) one(c net.Conn) {
 // events streams until the program ends. The model never waits for a slow reader.
 func (s *Server) events(n *Node, c net.Conn, in *bufio.Reader) {
 	lines := make(chan []string, 4096)
+	var stop func()
 	s.Wall.Do(func() {
-		n.Listen(func(group []string) {
+		stop = n.Listen(func(group []string) {
 			select {
 			case lines <- group:
 			default: // as the kernel's receive buffer overflows
 			}
 		})
 	})
+	defer func() { s.Wall.Do(stop) }()
 	gone := make(chan struct{})
 	go func() {
 		_, _ = io.Copy(io.Discard, in) // ends when the program does
@@ -176,7 +178,9 @@ func (s *Server) command(n *Node, q call) (out string, exit int) {
 		s.Wall.Do(func() { n.Primary(func(e *Error) { done <- e }) })
 		return answer(<-done)
 	case "secondary":
-		s.Wall.Do(func() { out, exit = answer(n.Secondary(slices.Contains(q.Args, "--force"))) })
+		s.Wall.Do(func() {
+			out, exit = answer(n.Secondary(slices.ContainsFunc(q.Args, func(a string) bool { return a == "--force" || a == "--force=yes" })))
+		})
 	case "connect":
 		id := -1
 		if len(q.Args) > 2 {
@@ -192,6 +196,10 @@ func (s *Server) command(n *Node, q call) (out string, exit int) {
 		}
 	case "show":
 		s.Wall.Do(func() { out = n.ShowJSON() })
+	case "--version": // drbdadm's: what others check before they go on
+		out = "DRBDADM_VERSION_CODE=0x092200\nDRBD_KERNEL_VERSION_CODE=0x090212\n"
+	case "sh-ll-dev":
+		out = "none\n" // nothing to wait for
 	case "sim-may-open": // what the kernel says to a mount
 		s.Wall.Do(func() {
 			if !n.Writable() {

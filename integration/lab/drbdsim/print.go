@@ -2,22 +2,29 @@ package drbdsim
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
-// Listen calls hear with every group of lines that events2 would print on this host from now on, after the dump of what is.
-func (n *Node) Listen(hear func(lines []string)) {
-	n.hear = hear
+// Listen calls hear with every group of lines that events2 would print on this host from now on, after the dump of what is, until stop is called.
+func (n *Node) Listen(hear func(lines []string)) (stop func()) {
+	n.emit() // the others hear changes, not a dump
+	l := &listener{hear}
+	n.listeners = append(n.listeners, l)
 	n.printed, n.order = n.render()
 	var lines []string
 	for _, key := range n.order {
 		lines = append(lines, "exists "+key+n.printed[key])
 	}
 	hear(append(lines, "exists -"))
+	return func() { n.listeners = slices.DeleteFunc(n.listeners, func(x *listener) bool { return x == l }) }
 }
 
-// Deaf ends Listen, as a killed drbdsetup does.
-func (n *Node) Deaf() { n.hear = nil }
+// listener is one running events2.
+type listener struct{ hear func(lines []string) }
+
+// Deaf ends every Listen, as a killed drbdsetup does.
+func (n *Node) Deaf() { n.listeners = nil }
 
 func yn(b bool) string {
 	if b {
@@ -114,7 +121,7 @@ func (n *Node) Address() string { return fmt.Sprintf("%s.%d", n.c.Network, n.ID+
 
 // emit prints the objects that changed, as one group.
 func (n *Node) emit() {
-	if n.hear == nil {
+	if len(n.listeners) == 0 {
 		return
 	}
 	now, order := n.render()
@@ -135,7 +142,9 @@ func (n *Node) emit() {
 	}
 	n.printed, n.order = now, order
 	if len(lines) > 0 {
-		n.hear(lines)
+		for _, l := range slices.Clone(n.listeners) {
+			l.hear(lines)
+		}
 	}
 }
 
@@ -167,8 +176,8 @@ func (n *Node) StatusJSON() string {
 func (n *Node) ShowJSON() string {
 	var conns []string
 	for _, k := range n.conns {
-		conns = append(conns, fmt.Sprintf(`{"_peer_node_id":%d,"net":{"_name":%q,"rr-conflict":%q}}`, k.peer.ID, k.peer.Name, n.c.RRConflict))
+		conns = append(conns, fmt.Sprintf(`{"_peer_node_id":%d,"net":{"_name":%q,"rr-conflict":%q,"fencing":"dont-care"}}`, k.peer.ID, k.peer.Name, n.c.RRConflict))
 	}
-	return fmt.Sprintf(`[{"resource":%q,"options":{"quorum":%q,"on-no-quorum":%q,"auto-promote":%t,"on-suspended-primary-outdated":%q},"_this_host":{"node-id":%d},"connections":[%s]}]`+"\n",
+	return fmt.Sprintf(`[{"resource":%q,"options":{"quorum":%q,"on-no-quorum":%q,"auto-promote":%t,"on-suspended-primary-outdated":%q,"on-no-data-accessible":"io-error"},"_this_host":{"node-id":%d},"connections":[%s]}]`+"\n",
 		n.c.Resource, n.c.Quorum, n.c.OnNoQuorum, n.c.AutoPromote, n.c.OnSuspended, n.ID, strings.Join(conns, ","))
 }
