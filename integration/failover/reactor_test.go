@@ -56,11 +56,15 @@ func reactorPool(tb testing.TB, onNoQuorum string, agents bool) *realpool.Pool {
 		}
 		log, err := os.Create(filepath.Join(h.Dir, "reactor.log"))
 		must(tb, err)
-		cmd := h.In.Command(reactor, "--config", filepath.Join(h.Dir, "reactor.toml"))
+		argv := []string{reactor, "--config", filepath.Join(h.Dir, "reactor.toml")}
+		cmd := h.In.Command(argv...)
 		cmd.Env = append(os.Environ(), "PATH="+p.Dir+":"+os.Getenv("PATH"), drbdsim.EnvSocket+"="+filepath.Join(p.Dir, "drbd"), drbdsim.EnvNode+"="+h.Name)
 		cmd.Stdout, cmd.Stderr = log, log
 		must(tb, cmd.Start())
-		tb.Cleanup(func() { // it ends with its host
+		tb.Cleanup(func() {
+			for _, pid := range processes(h, argv...) {
+				_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended
+			}
 			_ = cmd.Wait()
 			_ = log.Close()
 			if tb.Failed() {
