@@ -234,6 +234,11 @@ func ReadRes(r io.Reader) (Res, error) {
 	if len(res.Hosts) == 0 {
 		return Res{}, fmt.Errorf("resource file names no host")
 	}
+	for host, addr := range res.Hosts {
+		if addr == "" && len(res.Hosts) > 1 { // Dialled as it is, it would be this host, which then speaks for all others.
+			return Res{}, fmt.Errorf("resource file names no address of host %s on a line of its own", host)
+		}
+	}
 	return res, nil
 }
 

@@ -372,6 +372,9 @@ func TestReadRes(t *testing.T) {
 	if d := cmp.Diff(want, r); err != nil || d != "" {
 		t.Errorf("%v %s", err, d)
 	}
+	if _, err := ReadRes(strings.NewReader("on n1 {\n}\non n2 {\n}\nconnection { host n1 address 10.0.0.1:7; host n2 address 10.0.0.2:7; }")); err == nil {
+		t.Error("hosts without an address were accepted")
+	}
 	if _, err := ReadRes(strings.NewReader("resource x {}")); err == nil {
 		t.Error("a file without hosts was accepted")
 	}
