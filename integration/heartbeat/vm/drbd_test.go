@@ -27,9 +27,18 @@ resource "statefile" {
   on "n1" { node-id 0; volume 0 { device minor 1000; disk /dev/ram0; meta-disk internal; } }
   on "n2" { node-id 1; volume 0 { device minor 1000; disk /dev/ram0; meta-disk internal; } }
   on "n3" { node-id 2; volume 0 { device minor 1000; disk /dev/ram0; meta-disk internal; } }
-  connection { host "n1" address ipv4 10.77.0.1:7000; host "n2" address ipv4 10.77.0.2:7000; }
-  connection { host "n1" address ipv4 10.77.0.1:7000; host "n3" address ipv4 10.77.0.3:7000; }
-  connection { host "n2" address ipv4 10.77.0.2:7000; host "n3" address ipv4 10.77.0.3:7000; }
+  connection {
+    host "n1" address ipv4 10.77.0.1:7000;
+    host "n2" address ipv4 10.77.0.2:7000;
+  }
+  connection {
+    host "n1" address ipv4 10.77.0.1:7000;
+    host "n3" address ipv4 10.77.0.3:7000;
+  }
+  connection {
+    host "n2" address ipv4 10.77.0.2:7000;
+    host "n3" address ipv4 10.77.0.3:7000;
+  }
 }
 `
 
@@ -218,6 +227,7 @@ func newDRBDPool(t *testing.T, module string) *drbdPool {
 	if t.Failed() {
 		t.FailNow()
 	}
+	t.Logf("%6.1f s  all have booted", time.Since(p.start).Seconds())
 	for i, h := range p.hosts {
 		t.Cleanup(h.Kill)
 		p.must(h.Address(t.Context(), "eth0", fmt.Sprintf("10.77.0.%d", i+1)))

@@ -46,7 +46,7 @@ func TestXhad(t *testing.T) {
 		Files: map[string]string{"/var/run/empty": "", "/var/log/empty": ""},
 		Programs: map[string]string{shimPath: shim, "/xha/xhad": xhad, "/xha/writestatefile": filepath.Join(beside, "writestatefile"), "/xha/calldaemon": filepath.Join(beside, "calldaemon"),
 			"/sbin/ip": ip, "/opt/xensource/libexec/xapi-health-check": "/bin/true"}})
-	inGuest(t, m, "-test.parallel", "3", "-test.run", "^TestXhad$/"+os.Getenv("XOSTOR_XHAD_ROW"))
+	inGuest(t, m, "-test.parallel", "3", "-test.run", "^TestXhad$/("+os.Getenv("XOSTOR_XHAD_ROW")+")")
 }
 
 // inHost is the guest's way into a host: process 1's program under this name mounts the host's folders and becomes another.
@@ -389,6 +389,9 @@ func outage(d time.Duration) func(*xhads) {
 			}
 		})
 		p.watch(20 * time.Second)
+		if d > 14*time.Second && d < 20*time.Second { // Between F and T2 it is a matter of phases whether a host falls out.
+			return
+		}
 		p.whole()
 	}
 }
