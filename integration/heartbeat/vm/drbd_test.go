@@ -138,7 +138,7 @@ func TestDRBD9(t *testing.T) {
 	p.row("owner's process is killed", nil, func() {
 		owner := p.owner()
 		p.must(owner.shim.Signal(t.Context(), syscall.SIGKILL))
-		p.servedBut(nil)
+		p.servedBut(owner) // Its own front died with it.
 		owner.startShim()
 	})
 	p.row("planned hand-over", nil, func() {
