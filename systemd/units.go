@@ -69,6 +69,8 @@ const (
 type Units struct {
 	Private string // systemd's private socket; PrivateSocket
 	Bus     string // the system bus's socket, used when the private one cannot be; SystemBus
+	// Timeout is how long systemd may take to answer one call; 2 s.
+	Timeout time.Duration
 	// Sent hears when the message that starts or restarts a unit has been written, before systemd has answered: for measurements. Nil: nobody.
 	Sent func(unit string)
 
@@ -249,7 +251,7 @@ func wait(ctx context.Context, d time.Duration) {
 
 // call runs f on the connection, and once more on a new one when the old one turns out to be broken before f did anything.
 func (u *Units) call(ctx context.Context, f func(context.Context, *link) error) error {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(u.Timeout, callTimeout))
 	defer cancel()
 	for try := 0; ; try++ {
 		conn, err := u.current(ctx)
@@ -324,9 +326,9 @@ func (u *Units) current(ctx context.Context) (*link, error) {
 	return conn, nil
 }
 
-// dialTimed connects, but does not wait longer than ctx or callTimeout: go-systemd's own set-up makes calls without a time-out.
+// dialTimed connects, but does not wait longer than ctx or Timeout: go-systemd's own set-up makes calls without a time-out.
 func (u *Units) dialTimed(ctx context.Context) (*link, error) {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(u.Timeout, callTimeout))
 	defer cancel()
 	type dialed struct {
 		conn *link

@@ -36,10 +36,12 @@ func short(t *testing.T) string {
 	return dir
 }
 
+const patience = 2 * time.Minute // for what takes milliseconds on a machine with nothing else to do
+
 // await reads the unit until the condition holds.
 func await(t *testing.T, u *systemd.Units, name, what string, cond func(systemd.Unit) bool) systemd.Unit {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	hints := make(chan struct{}, 1)
 	done := make(chan struct{})
@@ -73,7 +75,7 @@ func TestUnits_RealSystemd(t *testing.T) {
 	in := sdns.Start(t, short(t), testUnits)
 	t.Run("system bus", func(t *testing.T) {
 		// From outside, the private socket refuses us; the bus is the way.
-		u := &systemd.Units{Private: in.Private(), Bus: in.Bus()}
+		u := &systemd.Units{Private: in.Private(), Bus: in.Bus(), Timeout: patience}
 		defer u.Close()
 		lifeOfUnits(t, u)
 	})
@@ -90,7 +92,7 @@ func TestUnits_RealSystemd(t *testing.T) {
 		}
 	})
 	t.Run("systemd executes itself anew", func(t *testing.T) {
-		u := &systemd.Units{Private: in.Private(), Bus: in.Bus()}
+		u := &systemd.Units{Private: in.Private(), Bus: in.Bus(), Timeout: patience}
 		defer u.Close()
 		must := func(err error) {
 			t.Helper()
@@ -117,7 +119,7 @@ func TestUnits_RealSystemd(t *testing.T) {
 		await(t, u, "up.service", "failed", func(s systemd.Unit) bool { return s.Active == "failed" })
 	})
 	t.Run("systemd gone", func(t *testing.T) {
-		u := &systemd.Units{Private: in.Private(), Bus: in.Bus()}
+		u := &systemd.Units{Private: in.Private(), Bus: in.Bus(), Timeout: patience}
 		defer u.Close()
 		if _, err := u.State(t.Context(), "up.service"); err != nil {
 			t.Fatal(err)
@@ -143,7 +145,7 @@ func TestUnits_Inside(t *testing.T) {
 	if os.Getenv(inside) == "" {
 		t.Skip("run by TestUnits_RealSystemd inside namespaces")
 	}
-	u := &systemd.Units{Bus: "/nonexistent"}
+	u := &systemd.Units{Bus: "/nonexistent", Timeout: patience}
 	defer u.Close()
 	lifeOfUnits(t, u)
 }

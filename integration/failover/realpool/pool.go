@@ -254,7 +254,7 @@ func (p *Pool) newHost(i int) *Host {
 			fmt.Sprintf("Environment=%s=%s\nStandardError=append:%s\nExecStart=%q agent failover --config %s --log-level debug\n", EnvProgram, programAgent, h.AgentLog(), p.o.Xostor, h.ConfigFile())
 	}
 	h.In = sdns.Start(tb, h.Dir, units)
-	h.units = &systemd.Units{Private: "/nonexistent", Bus: h.In.Bus()}
+	h.units = &systemd.Units{Private: "/nonexistent", Bus: h.In.Bus(), Timeout: time.Minute}
 	tb.Cleanup(h.units.Close)
 	tb.Cleanup(h.end)
 	h.Node.OnForced = func() { go h.thaw() }
