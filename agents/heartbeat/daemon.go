@@ -519,27 +519,40 @@ func (d *Daemon) decide(ctx context.Context) {
 	switch {
 	case step.Join != "" && steers:
 		d.c.Log.Info("restore drbd link", "host", step.Join, "reason", step.Why)
-		d.steer(ctx, d.c.Resource.Join, step.Join)
-		d.mu.Lock()
-		delete(d.view.Cut, step.Join)
-		d.mu.Unlock()
+		if d.steer(ctx, d.c.Resource.Join, step.Join) {
+			d.mu.Lock()
+			delete(d.view.Cut, step.Join)
+			d.mu.Unlock()
+		}
 	case step.Cut != "" && steers:
 		d.c.Log.Warn("cut drbd link", "host", step.Cut, "reason", step.Why)
 		d.mu.Lock()
 		d.view.Cut[step.Cut] = now
 		d.mu.Unlock()
-		d.steer(ctx, d.c.Resource.Cut, step.Cut)
+		if !d.steer(ctx, d.c.Resource.Cut, step.Cut) {
+			d.mu.Lock()
+			delete(d.view.Cut, step.Cut) // The majority may need this host's cut.
+			d.mu.Unlock()
+		}
 	case step.Open:
 		d.own(ctx, step.Why)
 	}
 }
 
-func (d *Daemon) steer(ctx context.Context, do func(context.Context, string) error, host string) {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+// steer cuts or joins a link. A failure is waited out a little, and decided on again.
+func (d *Daemon) steer(ctx context.Context, do func(context.Context, string) error, host string) bool {
+	limit, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	if err := do(ctx, host); err != nil {
-		d.c.Log.Error("steering drbd failed", "host", host, "err", err)
+	err := do(limit, host)
+	if err == nil {
+		return true
 	}
+	d.c.Log.Error("steering drbd failed", "host", host, "err", err)
+	select {
+	case <-ctx.Done():
+	case <-time.After(d.timing().Reopen):
+	}
+	return false
 }
 
 // own asks DRBD for the device. It blocks for as long as the open does, up to about 1.5 s; decide waits with it.
