@@ -27,7 +27,7 @@ func TestHeartbeatScene(t *testing.T) {
 	if err := heartbeatScene(t.Context(), o, newTimeline(&out, false)); err != nil {
 		t.Fatalf("%v\n%s", err, &out)
 	}
-	for _, want := range []string{"stand-ins", "1. The owner's process is killed", "2. An administrator moves", "3. The owner freezes", "no request failed", "how close each time-out came", "All 3 steps came true"} {
+	for _, want := range []string{"stand-ins", "1. The owner's process is killed", "2. An administrator moves", "3. The owner freezes", "requests failed, no slot went back", "how close each time-out came", "All 3 steps came true"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the scene lacks %q:\n%s", want, &out)
 		}

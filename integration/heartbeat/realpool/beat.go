@@ -17,13 +17,14 @@ type Xhad struct {
 	Index int
 	every time.Duration
 
-	mu      sync.Mutex
-	model   *statefile.Model
-	longest time.Duration // Of a request, since Longest was last asked.
-	cycles  int
-	failed  int
-	err     error
-	paused  bool
+	mu     sync.Mutex
+	model  *statefile.Model
+	served time.Time     // When the last request succeeded.
+	gap    time.Duration // Longest time without a success, since Gap was last asked.
+	cycles int
+	failed int
+	err    error
+	paused bool
 }
 
 // ErrBackwards is a slot whose sequence went back: an old read, or a lost write.
@@ -78,19 +79,17 @@ func (b *Xhad) cycle(c *nbd.Client, seen []uint32) {
 		if op.Host >= 0 {
 			off = statefile.Offset(op.Host)
 		}
-		start := time.Now()
 		var err error
 		if op.Write {
 			err = c.Write(op.Data, off, true, time.Minute)
 		} else {
 			err = c.Read(buf[:n], off, time.Minute)
 		}
-		took := time.Since(start)
 		b.mu.Lock()
 		if err != nil {
 			b.failed++
 		} else {
-			b.longest = max(b.longest, took)
+			b.answered(time.Now())
 			if !op.Write && op.Host >= 0 {
 				b.check(op.Host, buf[:n], seen)
 			}
@@ -117,20 +116,32 @@ func (b *Xhad) check(host int, slot []byte, seen []uint32) {
 	}
 }
 
+// answered ends a gap. The caller holds mu.
+func (b *Xhad) answered(now time.Time) {
+	if !b.served.IsZero() {
+		b.gap = max(b.gap, now.Sub(b.served))
+	}
+	b.served = now
+}
+
 // Pause makes a host's xhad silent, as one whose user space is frozen.
 func (b *Xhad) Pause(paused bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.paused = paused
+	b.paused, b.served = paused, time.Time{}
 }
 
-// Longest is how long the longest request took since the last call.
-func (b *Xhad) Longest() time.Duration {
+// Gap is the longest time that this host was without a successful request since the last call, pauses between its cycles
+// included.
+func (b *Xhad) Gap() time.Duration {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	d := b.longest
-	b.longest = 0
-	return d
+	gap := b.gap
+	if now := time.Now(); !b.paused && !b.served.IsZero() {
+		gap = max(gap, now.Sub(b.served))
+	}
+	b.gap = 0
+	return gap
 }
 
 // Cycles is how many cycles succeeded, how many requests failed, and what was wrong with what was read.
