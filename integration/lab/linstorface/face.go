@@ -266,10 +266,14 @@ func (s *server) run(ln net.Listener) {
 			if s.http != nil {
 				_ = s.http.Close()
 			}
+			if ln != nil {
+				_ = ln.Close()
+			}
 			return
 		}
 		if up {
 			_ = s.http.Close()
+			_ = ln.Close() // A server that has not got to its listener yet leaves it open for a moment.
 			ln = nil
 			s.setOpen(false)
 			continue
