@@ -237,7 +237,8 @@ func (p *Pool) halt(g guest) error {
 	})
 }
 
-// MigrateVM moves a running VM to another host; its disks are open on one host at a time.
+// MigrateVM moves a running VM to another host; its disks are open on one host at a time. A guest whose disk cannot be opened on the other host is gone: it has left the
+// first one.
 func (p *Pool) MigrateVM(uuid, host string) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -258,10 +259,13 @@ func (p *Pool) MigrateVM(uuid, host string) error {
 	if err := p.reserve(g, to); err != nil {
 		return err
 	}
-	for _, d := range g.vbds {
+	for i, d := range g.vbds {
 		p.detach(d, from)
 		if err := p.attach(d, to); err != nil {
-			return fmt.Errorf("migrate %s: %w", uuid, err)
+			for _, moved := range g.vbds[:i] {
+				p.detach(moved, to)
+			}
+			return errors.Join(fmt.Errorf("migrate %s: %w", uuid, err), p.halt(g), p.db.Set("VM", g.ref, "scheduled_to_be_resident_on", xapidb.NullRef))
 		}
 	}
 	return p.reside(g, to, nil)
