@@ -12,7 +12,7 @@ import (
 )
 
 const (
-	stepLimit   = 90 * time.Second // a lost event costs one resync of 60 s; the time is printed
+	stepLimit   = 90 * time.Second        // a lost event costs one resync of 60 s; the time is printed
 	readingTime = 1500 * time.Millisecond // before each step, when a person looks on
 	lull        = 150 * time.Millisecond  // an agent that was silent this long has said all about a change
 )
