@@ -1,7 +1,10 @@
 package main
 
 import (
+	"os"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -49,5 +52,18 @@ func TestDropProgramPages_TheProgramGoesOn(t *testing.T) {
 	}
 	if !strings.Contains(someMaps, "vdso") {
 		t.Error("data of the program changed")
+	}
+}
+
+func TestRelaxTimers_EveryThreadHasTheSlack(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("the timer slack of other threads wants root")
+	}
+	if err := relaxTimers(); err != nil {
+		t.Fatal(err)
+	}
+	raw, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(os.Getpid()), "timerslack_ns"))
+	if want := strconv.FormatInt(timerSlack.Nanoseconds(), 10); err != nil || strings.TrimSpace(string(raw)) != want {
+		t.Errorf("the first thread's slack is %q ns, %v; want %s", raw, err, want)
 	}
 }
