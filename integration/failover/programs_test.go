@@ -77,7 +77,7 @@ func newPoolWith(tb testing.TB, onNoQuorum string, agent func(*realpool.Host) (*
 
 // smallBuild builds a program that starts fast: without cgo and its dynamic linker.
 func smallBuild(to, pkg string) *exec.Cmd {
-	cmd := exec.Command("go", "build", "-ldflags=-s -w", "-o", to, pkg)
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", to, pkg)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	return cmd
 }

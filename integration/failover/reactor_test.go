@@ -14,7 +14,7 @@ import (
 	"github.com/xostor-agents/xostor-agents/agents/failover"
 	"github.com/xostor-agents/xostor-agents/integration/failover/realpool"
 	"github.com/xostor-agents/xostor-agents/integration/failover/sdns"
-	"github.com/xostor-agents/xostor-agents/integration/lab/drbdsim"
+	"github.com/xostor-agents/xostor-agents/integration/lab/drbdsim/drbdface"
 )
 
 // envReactor is the path of a drbd-reactor to run beside. No distribution that CI uses has it.
@@ -44,7 +44,7 @@ func reactorPool(tb testing.TB, onNoQuorum string, agents bool) *realpool.Pool {
 		}
 		return agentCommand(h)
 	})
-	env := fmt.Sprintf("Environment=%s=%s %s=", drbdsim.EnvSocket, filepath.Join(p.Dir, "drbd"), drbdsim.EnvNode)
+	env := fmt.Sprintf("Environment=%s=%s %s=", drbdface.EnvSocket, filepath.Join(p.Dir, "drbd"), drbdface.EnvNode)
 	for _, h := range p.Hosts {
 		sdns.Write(tb, h.Dir, "drbd-services@.target", "[Unit]\nDefaultDependencies=no\nBindsTo=drbd-promote@%i.service\n")
 		sdns.Write(tb, h.Dir, "drbd-promote@.service", "[Unit]\nDefaultDependencies=no\nPartOf=drbd-services@%i.target\nOnFailureJobMode=replace-irreversibly\n[Service]\nType=oneshot\nRemainAfterExit=yes\n"+
@@ -58,7 +58,7 @@ func reactorPool(tb testing.TB, onNoQuorum string, agents bool) *realpool.Pool {
 		must(tb, err)
 		argv := []string{reactor, "--config", filepath.Join(h.Dir, "reactor.toml")}
 		cmd := h.In.Command(argv...)
-		cmd.Env = append(os.Environ(), "PATH="+p.Dir+":"+os.Getenv("PATH"), drbdsim.EnvSocket+"="+filepath.Join(p.Dir, "drbd"), drbdsim.EnvNode+"="+h.Name)
+		cmd.Env = append(os.Environ(), "PATH="+p.Dir+":"+os.Getenv("PATH"), drbdface.EnvSocket+"="+filepath.Join(p.Dir, "drbd"), drbdface.EnvNode+"="+h.Name)
 		cmd.Stdout, cmd.Stderr = log, log
 		must(tb, cmd.Start())
 		tb.Cleanup(func() {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -25,7 +24,7 @@ func newShippedPool(t testing.TB) *realpool.Pool {
 	t.Helper()
 	needPool(t)
 	dir := t.TempDir()
-	if out, err := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", dir, "../../cmd/xostor").CombinedOutput(); err != nil {
+	if out, err := smallBuild(filepath.Join(dir, "xostor"), "../../cmd/xostor").CombinedOutput(); err != nil {
 		t.Fatalf("build xostor: %v\n%s", err, out)
 	}
 	return realpool.New(t, realpool.Options{Xostor: filepath.Join(dir, "xostor"), ProbeEvery: 300 * time.Millisecond})

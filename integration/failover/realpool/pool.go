@@ -23,6 +23,7 @@ import (
 	"github.com/xostor-agents/xostor-agents/agents/failover"
 	"github.com/xostor-agents/xostor-agents/integration/failover/sdns"
 	"github.com/xostor-agents/xostor-agents/integration/lab/drbdsim"
+	"github.com/xostor-agents/xostor-agents/integration/lab/drbdsim/drbdface"
 	"github.com/xostor-agents/xostor-agents/systemd"
 )
 
@@ -240,7 +241,7 @@ func (p *Pool) newHost(i int) *Host {
 	var st syscall.Stat_t
 	must(tb, syscall.Stat(h.loop, &st))
 	h.Node.Minor = int(st.Rdev & 0xff)
-	env := fmt.Sprintf("Environment=%s=%s %s=%s\n", drbdsim.EnvSocket, filepath.Join(p.Dir, "drbd"), drbdsim.EnvNode, name)
+	env := fmt.Sprintf("Environment=%s=%s %s=%s\n", drbdface.EnvSocket, filepath.Join(p.Dir, "drbd"), drbdface.EnvNode, name)
 	out := "StandardOutput=append:" + filepath.Join(h.Dir, "units.log") + "\nStandardError=append:" + filepath.Join(h.Dir, "units.log") + "\n"
 	units := map[string]string{
 		MountUnit: "[Unit]\nDefaultDependencies=no\n[Service]\nType=oneshot\nRemainAfterExit=yes\n" + env + out +
@@ -455,7 +456,7 @@ func (h *Host) StartAgent() {
 	if agent.Env == nil {
 		agent.Env = os.Environ()
 	}
-	agent.Env = append(agent.Env, EnvProgram+"="+programAgent, drbdsim.EnvSocket+"="+filepath.Join(h.p.Dir, "drbd"), drbdsim.EnvNode+"="+h.Name)
+	agent.Env = append(agent.Env, EnvProgram+"="+programAgent, drbdface.EnvSocket+"="+filepath.Join(h.p.Dir, "drbd"), drbdface.EnvNode+"="+h.Name)
 	agent.Stdout, agent.Stderr = log, log
 	must(tb, agent.Start())
 	ended := make(chan struct{})
@@ -469,7 +470,7 @@ func (h *Host) Units() *systemd.Units { return h.units }
 // Xostor is a call of the real program on the host, with the host's configuration. PIDs finds what still runs of it by the name of its command.
 func (h *Host) Xostor(args ...string) *exec.Cmd {
 	cmd := h.In.Command(append(append([]string{h.p.o.Xostor}, args...), "--config", h.ConfigFile())...)
-	cmd.Env = append(os.Environ(), EnvProgram+"="+args[0], drbdsim.EnvSocket+"="+filepath.Join(h.p.Dir, "drbd"), drbdsim.EnvNode+"="+h.Name)
+	cmd.Env = append(os.Environ(), EnvProgram+"="+args[0], drbdface.EnvSocket+"="+filepath.Join(h.p.Dir, "drbd"), drbdface.EnvNode+"="+h.Name)
 	return cmd
 }
 

@@ -13,7 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/xostor-agents/xostor-agents/integration/lab/drbdsim"
+	"github.com/xostor-agents/xostor-agents/integration/lab/drbdsim/drbdface"
 	"github.com/xostor-agents/xostor-agents/systemd"
 )
 
@@ -34,7 +34,7 @@ func isFace(name string) bool { return slices.Contains([]string{"drbdsetup", "dr
 // whose H2 has closed itself; "slow" starts after two seconds; "fail" does not start; "backup-hangs" writes a part of each backup and then nothing more.
 func Main(agent func() error) {
 	if name := filepath.Base(os.Args[0]); isFace(name) {
-		os.Exit(drbdsim.Face(name, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+		os.Exit(drbdface.Main(name, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 	}
 	var err error
 	switch program := os.Getenv(EnvProgram); {

@@ -2,17 +2,17 @@ package drbdsim
 
 import (
 	"bufio"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/xostor-agents/xostor-agents/integration/lab/drbdsim/drbdface"
 )
 
 // Wall is a Scheduler by the wall clock. Do runs a function alone, as Cluster wants it.
@@ -31,18 +31,6 @@ func (w *Wall) Do(f func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	f()
-}
-
-// Environment variables of the face programs.
-const (
-	EnvSocket = "DRBDSIM_SOCKET"
-	EnvNode   = "DRBDSIM_NODE"
-)
-
-type call struct {
-	Node    string   `json:"node"`
-	Program string   `json:"program"`
-	Args    []string `json:"args"`
 }
 
 // Call is one command that a face program was given, for tests.
@@ -106,9 +94,12 @@ func (s *Server) Serve(l net.Listener) {
 // one answers one program. Its output goes back as it is; the last line is NUL and the exit code.
 func (s *Server) one(c net.Conn) {
 	in := bufio.NewReader(c)
-	line, err := in.ReadBytes('\n')
-	var q call
-	if err != nil || json.Unmarshal(line, &q) != nil {
+	line, err := in.ReadString('\n')
+	if err != nil {
+		return
+	}
+	q, ok := drbdface.ParseCall(line)
+	if !ok {
 		return
 	}
 	began := time.Now()
@@ -161,7 +152,7 @@ func (s *Server) events(n *Node, c net.Conn, in *bufio.Reader) {
 	}
 }
 
-func (s *Server) command(n *Node, q call) (out string, exit int) {
+func (s *Server) command(n *Node, q drbdface.Call) (out string, exit int) {
 	answer := func(e *Error) (string, int) {
 		if e == nil {
 			return "", 0
@@ -210,41 +201,4 @@ func (s *Server) command(n *Node, q call) (out string, exit int) {
 		return "unknown command\n", 20
 	}
 	return out, exit
-}
-
-// Face is the whole drbdsetup or drbdadm: it asks the server that the environment names, and returns the exit code.
-func Face(program string, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	c, err := net.Dial("unix", os.Getenv(EnvSocket))
-	if err != nil {
-		fmt.Fprintln(stderr, "Could not connect to 'drbd' generic netlink family")
-		return 20
-	}
-	defer c.Close()
-	if err := json.NewEncoder(c).Encode(call{os.Getenv(EnvNode), program, args}); err != nil {
-		return 20
-	}
-	if slices.Contains(args, "--poll") {
-		go func() { // the stream lives as long as stdin is open
-			_, _ = io.Copy(io.Discard, stdin)
-			_ = c.Close()
-		}()
-	}
-	r := bufio.NewReader(c)
-	for {
-		line, err := r.ReadString('\n')
-		if code, ok := strings.CutPrefix(line, "\x00"); ok {
-			exit, _ := strconv.Atoi(strings.TrimSpace(code))
-			return exit
-		}
-		if err != nil {
-			return 20 // the server is gone, as a module that was removed
-		}
-		to := stdout
-		if strings.Contains(line, ": (") {
-			to = stderr
-		}
-		if _, err := io.WriteString(to, line); err != nil {
-			return 0
-		}
-	}
 }

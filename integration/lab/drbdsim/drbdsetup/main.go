@@ -4,11 +4,11 @@ package main
 
 import (
 	"os"
-	"path/filepath"
+	"strings"
 
-	"github.com/xostor-agents/xostor-agents/integration/lab/drbdsim"
+	"github.com/xostor-agents/xostor-agents/integration/lab/drbdsim/drbdface"
 )
 
 func main() {
-	os.Exit(drbdsim.Face(filepath.Base(os.Args[0]), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+	os.Exit(drbdface.Main(os.Args[0][strings.LastIndexByte(os.Args[0], '/')+1:], os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }
