@@ -47,16 +47,20 @@ func relaxTimers() error {
 // span is a part of the address space.
 type span struct{ from, to uintptr }
 
-// stayLean makes a daemon small while nothing happens, until ctx ends: it relaxes the timers, and gives back, shortly after the start and then every hour,
-// the pages of the program itself that were mapped in. A third of a daemon's resident memory is code that only its start needed, because the kernel maps
-// neighbours of each page that is touched. What is needed again comes back from the page cache. Not for failover: that must not need a page of a disk that
-// is just failing.
+// stayLean makes a daemon small while nothing happens, until ctx ends: its timers are relaxed and its pages given back.
 func stayLean(ctx context.Context, debug func(string, ...any)) {
-	timer := time.NewTimer(leanFirst)
-	defer timer.Stop()
 	if err := relaxTimers(); err != nil {
 		debug("timers not relaxed", "err", err)
 	}
+	giveBackPages(ctx, debug)
+}
+
+// giveBackPages gives back, shortly after the start and then every hour until ctx ends, the pages of the program itself that were mapped in. A third of a
+// daemon's resident memory is code that only its start needed, because the kernel maps neighbours of each page that is touched. What is needed again comes
+// back from the page cache.
+func giveBackPages(ctx context.Context, debug func(string, ...any)) {
+	timer := time.NewTimer(leanFirst)
+	defer timer.Stop()
 	for {
 		select {
 		case <-ctx.Done():
