@@ -73,10 +73,21 @@ func (s *Switch) forward(from int) {
 
 // Cut drops all frames between machine i and the others, until the returned function is called.
 func (s *Switch) Cut(i int) (heal func()) {
+	var others []int
+	for j := range s.ports {
+		if j != i {
+			others = append(others, j)
+		}
+	}
+	return s.CutBetween(i, others...)
+}
+
+// CutBetween drops all frames between machine i and the given ones, until the returned function is called.
+func (s *Switch) CutBetween(i int, others ...int) (heal func()) {
 	set := func(cut bool) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		for j := range s.ports {
+		for _, j := range others {
 			s.cut[[2]int{i, j}], s.cut[[2]int{j, i}] = cut, cut
 		}
 	}
