@@ -150,6 +150,35 @@ func away(socket string, err error) error {
 // Connected tells whether the bus can be reached now.
 func (c *Conn) Connected() bool { return c.nc.IsConnected() }
 
+// OnConnect calls fn each time the connection stands (again) and the server knows its subscriptions, until stop is called: what was published before is
+// lost to them.
+func (c *Conn) OnConnect(fn func()) (stop func()) {
+	changed := c.nc.StatusChanged(nats.CONNECTED)
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case _, open := <-changed:
+				if !open {
+					return
+				}
+				if c.Flush(ctx) == nil { // else it is gone again, and will come again
+					fn()
+				}
+			}
+		}
+	}()
+	return func() {
+		cancel()
+		c.nc.RemoveStatusListener(changed)
+		<-ended
+	}
+}
+
 // Flush waits until the server has everything that was published, at most 5 s.
 func (c *Conn) Flush(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)

@@ -232,3 +232,40 @@ func TestOptions_WakesReportsAndStatusGoOverTheBus(t *testing.T) {
 		t.Errorf("listen: %v", err)
 	}
 }
+
+// TestListen_TheEndOfTheBussAbsenceIsAWake: what nobody heard meanwhile must not wait for the next resync.
+func TestListen_TheEndOfTheBussAbsenceIsAWake(t *testing.T) {
+	pool := servedPool(t)
+	here := pool.Coordinator()
+	door := bus.Options{Socket: filepath.Join(filepath.Dir(pool.FacesOf(here.Name).Socket), "bus.sock"), ServerName: here.UUID, Log: slog.New(slog.DiscardHandler)}
+	d := openOn(t, pool, here.Name)
+	wakes := make(chan subject.Subject, 10)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		done <- d.Options("sr-size", "act", time.Minute).Listen(ctx, []subject.Subject{subject.XAPI("sr", "*")}, func(s subject.Subject) { wakes <- s })
+	}()
+	for woken, tries := 0, 0; woken < 3; tries++ { // More tries, because the listener may come after the first connection.
+		if tries == 10 {
+			t.Fatalf("%d wakes in %d connections", woken, tries)
+		}
+		b, err := bus.Start(t.Context(), door)
+		if err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case s := <-wakes:
+			if woken++; s != dom0.Connected {
+				t.Errorf("woken by %s", s)
+			}
+		case <-time.After(10 * time.Second):
+		}
+		if err := b.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Errorf("listen: %v", err)
+	}
+}

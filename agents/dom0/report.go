@@ -89,12 +89,16 @@ func (d *Dom0) Options(agent, mode string, resync time.Duration) agents.Options 
 	return o
 }
 
-// listen subscribes to the wakes; the subscription survives the bus's absence.
+// Connected is the subject of the wake when the bus is there again. What happened meanwhile was not heard.
+const Connected = subject.Subject(subject.Prefix + ".connected")
+
+// listen subscribes to the wakes; the subscription survives the bus's absence, whose end is a wake.
 func (d *Dom0) listen(ctx context.Context, subjects []subject.Subject, wake func(subject.Subject)) error {
 	patterns := make([]string, len(subjects))
 	for i, s := range subjects {
 		patterns[i] = string(s)
 	}
+	defer d.Bus.OnConnect(func() { wake(Connected) })()
 	stop, err := d.Bus.Subscribe(func(m *bus.Message) { wake(subject.Subject(m.Subject)) }, patterns...)
 	if err != nil {
 		return err
