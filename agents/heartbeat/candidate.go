@@ -14,6 +14,7 @@ const (
 	Silent   Answer = iota // Nothing came back in time.
 	NotOwner               // Its daemon runs and does not hold the device.
 	Refused                // The host answers and no daemon listens.
+	Opening                // It has asked DRBD for the device, and is not the owner yet.
 	Serves                 // It is the owner.
 )
 
@@ -23,12 +24,21 @@ type Peer struct {
 	Answer  Answer
 	At      time.Time // Since when it says so; in an outage, not before its begin.
 	Diskful bool      // It has an UpToDate replica of the device.
+	// Heard is when it last said anything, whatever it says now. That it is still opening counts once: an open may hang.
+	Heard time.Time
 }
 
 // Note takes an answer in. The time of an answer that only repeats itself stays, or ranks would never come up.
 func (v *View) Note(now time.Time, host string, a Answer) {
 	for i := range v.Peers {
-		if p := &v.Peers[i]; p.Host == host && (p.Answer != a || p.At.Before(v.LostAt)) {
+		p := &v.Peers[i]
+		if p.Host != host {
+			continue
+		}
+		if a != Silent && (a != Opening || p.Answer != Opening) {
+			p.Heard = now
+		}
+		if p.Answer != a || p.At.Before(v.LostAt) {
 			p.Answer, p.At = a, now
 		}
 	}
@@ -83,6 +93,7 @@ func DecideCandidate(now time.Time, t Timing, v View) Step {
 		return Step{}
 	}
 	founded, why := suspicion(now, t, v)
+	founded = afterOpening(founded, t, v)
 	if founded.After(now) {
 		return Step{Recheck: founded.Sub(now), Why: why}
 	}
@@ -94,7 +105,8 @@ func DecideCandidate(now time.Time, t Timing, v View) Step {
 	}
 	due := founded.Add(time.Duration(rank(v)) * t.Rank)
 	if !v.LeftAt.IsZero() && now.Sub(v.LeftAt) < 2*t.Suspect {
-		due = due.Add(t.Suspect) // Whoever handed over takes back only when nobody else wants.
+		// Whoever handed over takes back only when nobody else wants. One that was frozen and evicted learns both at once.
+		due = later(due, v.LeftAt.Add(time.Duration(rank(v))*t.Rank)).Add(t.Suspect)
 	}
 	reopen := t.Reopen
 	if len(v.Cut) > 0 {
@@ -140,6 +152,18 @@ func suspicion(now time.Time, t Timing, v View) (time.Time, string) {
 	}
 }
 
+// afterOpening leaves another host's open its time before this host opens, too: on a slow host it takes seconds. Together the
+// others get no more than t.Suspect, or hosts that open in vain would keep one away that could.
+func afterOpening(founded time.Time, t Timing, v View) time.Time {
+	limit := founded
+	for _, p := range v.Peers {
+		if p.Answer == Opening {
+			founded = later(founded, p.At.Add(t.Suspect))
+		}
+	}
+	return earlier(founded, limit.Add(t.Suspect))
+}
+
 func later(a, b time.Time) time.Time {
 	if a.After(b) {
 		return a
@@ -163,7 +187,7 @@ func rank(v View) int {
 	}
 	all := []entry{{v.Self, v.Diskful}}
 	for _, p := range v.Peers {
-		if p.Answer == NotOwner && p.Host != v.Owner && !p.At.Before(v.LostAt) {
+		if (p.Answer == NotOwner || p.Answer == Opening) && p.Host != v.Owner && !p.At.Before(v.LostAt) {
 			all = append(all, entry{p.Host, p.Diskful})
 		}
 	}
@@ -192,16 +216,20 @@ func evictable(now time.Time, t Timing, v View) string {
 	if target == v.Owner && !v.Heard.IsZero() {
 		since = v.Heard
 	}
-	if now.Sub(since) < t.Evict || v.Opened.Before(since.Add(t.Suspect)) {
-		return ""
-	}
 	if _, done := v.Cut[target]; done {
 		return ""
 	}
 	for _, p := range v.Peers {
-		if p.Host == target && p.Answer != Silent && p.At.After(since) {
+		if p.Host != target {
+			continue
+		}
+		if p.Answer != Silent && p.Answer != Opening && p.At.After(since) {
 			return ""
 		}
+		since = later(since, p.Heard) // It may have opened, answered slowly and be the owner by now.
+	}
+	if now.Sub(since) < t.Evict || v.Opened.Before(since.Add(t.Suspect)) {
+		return ""
 	}
 	return target
 }

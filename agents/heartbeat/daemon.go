@@ -1,11 +1,13 @@
 package heartbeat
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"slices"
 	"strings"
@@ -68,6 +70,7 @@ type Daemon struct {
 	drbd      *ResourceState
 	policy    *Policy
 	asked     map[string]*asking
+	opening   bool              // The device is being opened, or the ownership being begun.
 	learned   map[string]string // Fallback address to host.
 	asks      sync.WaitGroup
 	slots     chan struct{} // Of asks under way at once.
@@ -75,8 +78,9 @@ type Daemon struct {
 
 // asking is the state of asking one host.
 type asking struct {
-	busy bool
-	done time.Time // When the last one ended.
+	busy   bool
+	done   time.Time // When the last one ended.
+	jitter float64   // Of the pause after it, from 0 to 1.
 }
 
 // Why a process does not own.
@@ -101,6 +105,7 @@ func New(c Config) (*Daemon, error) {
 		d.view.Barred = policyUnknown
 	}
 	for _, p := range c.Peers {
+		d.asked[p.Host] = &asking{}
 		if p.Host != c.Host {
 			d.view.Peers = append(d.view.Peers, Peer{Host: p.Host, At: now})
 		}
@@ -307,24 +312,28 @@ func (d *Daemon) addresses(p PeerAddress) []string {
 // own, so that one that does not answer delays no other.
 func (d *Daemon) search(ctx context.Context) {
 	linked := d.front.linked()
+	outage := d.front.outage(time.Now())
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if linked && len(d.view.Cut) == 0 {
 		return
 	}
 	now := time.Now()
+	// The host asked longest ago comes first: silent hosts may have all slots at times, and must not have them for ever.
 	order := slices.Clone(d.c.Peers)
-	slices.SortStableFunc(order, func(a, b PeerAddress) int { return first(b.Host == d.view.Owner) - first(a.Host == d.view.Owner) })
+	slices.SortStableFunc(order, func(a, b PeerAddress) int {
+		return cmp.Or(first(b.Host == d.view.Owner)-first(a.Host == d.view.Owner), d.asked[a.Host].done.Compare(d.asked[b.Host].done))
+	})
 	for _, p := range order {
 		if _, cut := d.view.Cut[p.Host]; linked && !cut {
 			continue
 		}
 		a := d.asked[p.Host]
-		if a == nil {
-			a = &asking{}
-			d.asked[p.Host] = a
+		pause := d.c.Timing.AskAgain(len(order), outage, a.jitter)
+		if linked {
+			pause = d.c.Timing.Reopen // Only whether a link can be restored.
 		}
-		if a.busy || now.Sub(a.done) < askAgain {
+		if a.busy || now.Sub(a.done) < pause {
 			continue
 		}
 		select {
@@ -336,15 +345,12 @@ func (d *Daemon) search(ctx context.Context) {
 		d.asks.Go(func() {
 			d.try(ctx, p, linked)
 			d.mu.Lock()
-			a.busy, a.done = false, time.Now()
+			a.busy, a.done, a.jitter = false, time.Now(), rand.Float64()
 			d.mu.Unlock()
 			<-d.slots
 		})
 	}
 }
-
-// askAgain is the pause before a host is asked again. An answer costs both sides a TLS handshake.
-const askAgain = 25 * time.Millisecond
 
 func first(b bool) int {
 	if b {
@@ -372,8 +378,12 @@ func (d *Daemon) try(ctx context.Context, p PeerAddress, only bool) {
 	var refusal *nbd.Refusal
 	switch {
 	case errors.As(err, &refusal):
+		answer := NotOwner
+		if refusal.Message == openingMessage {
+			answer = Opening
+		}
 		_, successor, _ := strings.Cut(refusal.Message, "successor=")
-		d.note(p.Host, NotOwner, successor)
+		d.note(p.Host, answer, successor)
 	case errors.Is(err, errAllRefused):
 		d.note(p.Host, Refused, "")
 	case ctx.Err() != nil:
@@ -558,6 +568,8 @@ func (d *Daemon) steer(ctx context.Context, do func(context.Context, string) err
 // own asks DRBD for the device. It blocks for as long as the open does, up to about 1.5 s; decide waits with it.
 func (d *Daemon) own(ctx context.Context, why string) {
 	d.c.Log.Info("open device", "reason", why)
+	d.setOpening(true)
+	defer d.setOpening(false)
 	dev, err := d.c.Open()
 	now := time.Now()
 	d.mu.Lock()
@@ -593,6 +605,16 @@ func (d *Daemon) own(ctx context.Context, why string) {
 	go d.afterwards(w)
 }
 
+func (d *Daemon) setOpening(is bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.opening = is
+}
+
+// openingMessage is the refusal of a host that has asked DRBD for the device and has no answer yet, or is beginning to own it.
+// One that does not know it takes it for that of any host that is not the owner.
+const openingMessage = "this host is opening the device"
+
 // afterwards waits for the end of an ownership.
 func (d *Daemon) afterwards(w *ownership) {
 	<-w.ended
@@ -613,7 +635,10 @@ func (e remoteExports) List(nbd.Peer) []string { return []string{e.d.c.Export} }
 func (e remoteExports) owner() (*ownership, error) {
 	e.d.mu.Lock()
 	defer e.d.mu.Unlock()
-	if e.d.owner == nil {
+	switch {
+	case e.d.owner == nil && e.d.opening:
+		return nil, &nbd.Refusal{Code: nbd.Unknown, Message: openingMessage}
+	case e.d.owner == nil:
 		msg := "this host is not the owner"
 		if e.d.successor != "" {
 			msg += " successor=" + e.d.successor

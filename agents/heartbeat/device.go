@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"unsafe"
@@ -44,13 +45,17 @@ type blockDevice struct {
 	buf   []byte     // One block; nil if blocks are 512 bytes.
 }
 
+// refusals are DRBD's answers to an open that may be given at another time: another Primary or no quorum; a forced demotion
+// whose last holder is still there; in use; a change of state under way elsewhere (seen when several hosts ask at once).
+var refusals = []syscall.Errno{syscall.EROFS, syscall.ENOTRECOVERABLE, syscall.EBUSY, syscall.EAGAIN}
+
 // OpenDevice opens path for the owner. On DRBD the open asks for promotion: it takes up to about 1.5 s, and ErrHeld says
 // that it was refused. DRBD excludes other hosts and other openers here by itself; files and other devices are
 // locked with flock instead. least is the smallest size accepted, in bytes.
 func OpenDevice(path string, least int64) (Device, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|syscall.O_DIRECT|syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
 	if err != nil {
-		if errors.Is(err, syscall.EROFS) || errors.Is(err, syscall.ENOTRECOVERABLE) || errors.Is(err, syscall.EBUSY) {
+		if slices.ContainsFunc(refusals, func(no syscall.Errno) bool { return errors.Is(err, no) }) {
 			return nil, fmt.Errorf("%w: %w", ErrHeld, err)
 		}
 		return nil, fmt.Errorf("open device: %w", err)

@@ -1,7 +1,9 @@
 package heartbeat
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -124,4 +126,123 @@ func TestDeviceErrorMovesTheOwnership(t *testing.T) {
 	if err := c.Read(p[:512], 0, time.Minute); err != nil {
 		t.Errorf("after it: %v", err)
 	}
+}
+
+// runs starts a daemon, and its server on l, until the test ends.
+func runs(t *testing.T, c Config, l net.Listener) *Daemon {
+	t.Helper()
+	d, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	t.Cleanup(func() { cancel(); wg.Wait() })
+	wg.Go(func() {
+		if err := d.Remote().Serve(ctx, l); err != nil {
+			t.Error(err)
+		}
+	})
+	wg.Go(func() { _ = d.Run(ctx) })
+	return d
+}
+
+func listener(t *testing.T) net.Listener {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+// eventually polls until cond is true.
+func eventually(t *testing.T, what string, cond func() bool) {
+	t.Helper()
+	for end := time.Now().Add(2 * time.Minute); !cond(); {
+		if time.Now().After(end) {
+			t.Fatalf("%s: not after 2 minutes", what)
+		}
+		<-time.After(5 * time.Millisecond)
+	}
+}
+
+func testConfig(host string, peers []PeerAddress, open func() (Device, error)) Config {
+	timing, _ := DeriveTiming(statefile.Derive(60 * time.Second))
+	return Config{Host: host, Boot: "boot", Export: "statefile", Statefile: true, Peers: peers, Timing: timing, Open: open, Size: 4 << 20}
+}
+
+// A host whose open takes long says so, and is not taken for a silent one.
+func TestOpeningIsNotSilence(t *testing.T) {
+	t.Parallel()
+	l1, l2 := listener(t), listener(t)
+	peers := []PeerAddress{{"n1", []string{l1.Addr().String()}}, {"n2", []string{l2.Addr().String()}}}
+	var held atomic.Bool
+	opens, go1 := make(chan struct{}, 1), make(chan struct{})
+	runs(t, testConfig("n1", peers, func() (Device, error) {
+		select {
+		case opens <- struct{}{}:
+		default:
+		}
+		<-go1
+		held.Store(true)
+		return &scripted{data: make([]byte, 4<<20), held: &held}, nil
+	}), l1)
+	<-opens
+	d := runs(t, testConfig("n2", peers, func() (Device, error) { return nil, ErrHeld }), l2)
+	said := func() Peer {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return d.view.Peers[0]
+	}
+	eventually(t, "n2 hears that n1 opens", func() bool { return said().Answer == Opening })
+	if p := said(); p.Heard.IsZero() {
+		t.Error("opening does not count as a sign of life")
+	}
+	close(go1)
+	eventually(t, "n1 serves n2", func() bool { return d.front.linked() })
+}
+
+// Silent hosts, of which each holds an ask for a second, must not keep the others from being asked. And a host that answers is
+// not asked more often than the pauses allow.
+func TestSilentHostsStarveNobody(t *testing.T) {
+	t.Parallel()
+	silent, last, asked := listener(t), listener(t), listener(t)
+	var peers []PeerAddress
+	for i := range 62 { // Three times the asks under way at once, and more.
+		peers = append(peers, PeerAddress{fmt.Sprintf("n%02d", i), []string{silent.Addr().String()}})
+	}
+	peers = append(peers, PeerAddress{"n98", []string{asked.Addr().String()}}, PeerAddress{"n99", []string{last.Addr().String()}})
+	var asks atomic.Int64
+	refusing, err := New(testConfig("n98", peers, nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	t.Cleanup(func() { cancel(); wg.Wait() })
+	wg.Go(func() { _ = refusing.Remote().Serve(ctx, counting{asked, &asks}) })
+	var held atomic.Bool
+	held.Store(true)
+	start := time.Now()
+	runs(t, testConfig("n99", peers, func() (Device, error) { return &scripted{data: make([]byte, 4<<20), held: &held}, nil }), last)
+	d := runs(t, testConfig("n00", peers, nil), listener(t))
+	eventually(t, "the last host is asked, and serves", d.front.linked)
+	// Both daemons ask. Each ask is followed by a pause of no less than an eighth of a second.
+	if n, most := asks.Load(), int64(2*(time.Since(start)/(125*time.Millisecond)+1)); n > most {
+		t.Errorf("a host was asked %d times in %v, want at most %d", n, time.Since(start), most)
+	}
+}
+
+// counting counts connections.
+type counting struct {
+	net.Listener
+	n *atomic.Int64
+}
+
+func (c counting) Accept() (net.Conn, error) {
+	conn, err := c.Listener.Accept()
+	c.n.Add(1)
+	return conn, err
 }

@@ -167,6 +167,16 @@ func (w *forwarder) beginOutage(since time.Time) {
 	}
 }
 
+// outage is how long the present outage has lasted by now, 0 if there is none.
+func (w *forwarder) outage(now time.Time) time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if began, out := w.f.Outage(); out {
+		return now.Sub(began)
+	}
+	return 0
+}
+
 func (w *forwarder) answered(l *ownerLink, now time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

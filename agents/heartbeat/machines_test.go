@@ -57,12 +57,33 @@ func TestTimingRules(t *testing.T) {
 	})
 }
 
+// The pauses between asks: none is so long that it delays a failover, nor so short that a large pool drowns in handshakes.
+func TestAskAgain(t *testing.T) {
+	rapid.Check(t, func(r *rapid.T) {
+		tm, _ := DeriveTiming(statefile.Derive(time.Duration(rapid.IntRange(10, 600).Draw(r, "T")) * sec))
+		hosts := rapid.IntRange(1, 64).Draw(r, "hosts")
+		outage := time.Duration(rapid.Int64Range(0, int64(time.Hour)).Draw(r, "outage"))
+		jitter := rapid.Float64Range(0, 1).Draw(r, "jitter")
+		got, slow := tm.AskAgain(hosts, outage, jitter), tm.AskAgain(hosts, outage, 0)
+		switch {
+		case got > slow || got < slow/2:
+			r.Fatalf("%v with jitter %v, %v without", got, jitter, slow)
+		case slow > max(tm.Settle, outage/20) || slow > sec:
+			r.Fatalf("%v later than need be after %v", slow, outage)
+		case hosts == 64 && got < 100*time.Millisecond, hosts <= 3 && outage < sec && slow > 50*time.Millisecond:
+			r.Fatalf("%d hosts: %v", hosts, got)
+		case tm.AskAgain(hosts, time.Hour, 0) != sec:
+			r.Fatal("nobody owns for an hour, and hosts ask all the time")
+		}
+	})
+}
+
 func TestDecideCandidate(t *testing.T) {
 	tm, _ := DeriveTiming(statefile.Derive(60 * sec))
 	now := time.Unix(10000, 0)
 	ago := func(d time.Duration) time.Time { return now.Add(-d) }
 	peers := func(a, b Answer, at time.Duration) []Peer {
-		return []Peer{{"n1", a, ago(at), true}, {"n3", b, ago(at), true}}
+		return []Peer{{Host: "n1", Answer: a, At: ago(at), Diskful: true}, {Host: "n3", Answer: b, At: ago(at), Diskful: true}}
 	}
 	base := func(mod func(v *View)) View {
 		v := View{Self: "n2", Diskful: true, Peers: peers(Silent, NotOwner, time.Second), LostAt: ago(2 * sec), Owner: "n1", Heard: ago(2 * sec), Cut: map[string]time.Time{}}
@@ -82,7 +103,7 @@ func TestDecideCandidate(t *testing.T) {
 			Step{Recheck: 600 * time.Millisecond, Why: "owner silent"}},
 		{"owner refuses connections, all others say no: founded when the last said so", base(func(v *View) { v.Peers = peers(Refused, NotOwner, 0) }),
 			Step{Open: true, Why: "no host serves"}},
-		{"owner says no, another host has not answered", base(func(v *View) { v.Peers = []Peer{{"n1", NotOwner, now, true}, {"n3", Silent, ago(sec), true}} }),
+		{"owner says no, another host has not answered", base(func(v *View) { v.Peers = peers(NotOwner, Silent, 0) }),
 			Step{Recheck: 300 * time.Millisecond, Why: "the owner says that it is none"}},
 		{"answers from before the outage count for nothing", base(func(v *View) { v.Peers = peers(Refused, NotOwner, 5*sec) }), Step{Recheck: sec, Why: "owner silent"}},
 		{"second in rank", base(func(v *View) { v.Self = "n4"; v.Peers = peers(Refused, NotOwner, 0) }), Step{Recheck: 300 * time.Millisecond, Why: "no host serves"}},
@@ -96,6 +117,33 @@ func TestDecideCandidate(t *testing.T) {
 			v.Heard, v.LostAt, v.Opened, v.Held, v.Primary = ago(10*sec), ago(9*sec), ago(sec), true, "n1"
 		}),
 			Step{Cut: "n1", Why: "owner silent although its kernel answers"}},
+		{"a host that was heard while it opened is not evicted as silent from before", base(func(v *View) {
+			v.Heard, v.LostAt, v.Opened, v.Held, v.Primary = ago(20*sec), ago(19*sec), ago(400*time.Millisecond), true, "n1"
+			v.Peers = peers(Silent, NotOwner, sec)
+			v.Peers[0].Heard = ago(9 * sec)
+		}), Step{Recheck: 600 * time.Millisecond, Why: "owner silent"}},
+		{"a host that still opens is not evicted", base(func(v *View) {
+			v.Heard, v.LostAt, v.Opened, v.Held, v.Primary = ago(20*sec), ago(19*sec), ago(400*time.Millisecond), true, "n1"
+			v.Peers = peers(Opening, NotOwner, 9*sec)
+			v.Peers[0].Heard = ago(9 * sec)
+		}), Step{Recheck: 600 * time.Millisecond, Why: "owner silent"}},
+		{"a host that opens for ever is evicted", base(func(v *View) {
+			v.Heard, v.LostAt, v.Opened, v.Held, v.Primary = ago(20*sec), ago(19*sec), ago(400*time.Millisecond), true, "n1"
+			v.Peers = peers(Opening, NotOwner, 10*sec)
+			v.Peers[0].Heard = ago(10 * sec)
+		}), Step{Cut: "n1", Why: "owner silent although its kernel answers"}},
+		{"another host opens: it gets its time", base(func(v *View) {
+			v.Heard = ago(4 * sec)
+			v.Peers = peers(Silent, Opening, sec)
+		}), Step{Recheck: 2 * sec, Why: "owner silent"}},
+		{"one that has just begun to open does not keep this host away for longer", base(func(v *View) {
+			v.Self, v.Heard = "n0", ago(6*sec)
+			v.Peers = peers(Silent, Opening, 0)
+		}), Step{Open: true, Why: "owner silent"}},
+		{"evicted while it was frozen, and learns both at once: others first", base(func(v *View) {
+			v.Owner, v.Heard, v.LostAt, v.LeftAt = "n2", ago(15*sec), ago(15*sec), now
+			v.Peers = peers(NotOwner, Silent, sec)
+		}), Step{Recheck: 3*sec + 300*time.Millisecond, Why: "the owner says that it is none"}},
 		{"no eviction before its time", base(func(v *View) {
 			v.Heard, v.LostAt, v.Opened, v.Held, v.Primary = ago(9*sec), ago(8*sec), ago(400*time.Millisecond), true, "n1"
 		}),

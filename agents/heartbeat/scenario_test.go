@@ -284,6 +284,68 @@ func TestWhatXhaIsPromised(t *testing.T) {
 	}
 }
 
+// TestManyHosts: pools of 64 hosts keep the promises, and no host is asked so often that it does nothing else: to be asked
+// costs it about half a millisecond of a processor.
+func TestManyHosts(t *testing.T) {
+	hosts := 64
+	if raceEnabled {
+		hosts = 12 // What the race detector is for is not here; 64 would take it a minute.
+	}
+	for _, row := range []struct {
+		name  string
+		event func(s *sim, owner *simHost)
+		limit map[time.Duration]time.Duration // From the event until all are served, by T; nil: nobody is.
+	}{
+		{"owner's host dies", func(_ *sim, h *simHost) { h.crash() }, map[time.Duration]time.Duration{60 * sec: 5 * sec, 20 * sec: 4 * sec}},
+		{"owner's daemon killed", func(_ *sim, h *simHost) { h.stopDaemon() }, map[time.Duration]time.Duration{60 * sec: 1500 * time.Millisecond, 20 * sec: 1500 * time.Millisecond}},
+		{"planned hand-over", func(_ *sim, h *simHost) { h.handover("") }, map[time.Duration]time.Duration{60 * sec: sec, 20 * sec: sec}},
+		{"nobody may own", func(s *sim, _ *simHost) {
+			for _, h := range s.hosts {
+				s.isolate(h, false, true, false)
+			}
+		}, nil},
+	} {
+		for _, timeout := range []time.Duration{60 * sec, 20 * sec} {
+			t.Run(row.name+"/T="+timeout.String(), func(t *testing.T) {
+				s := newSim(1, hosts, timeout)
+				s.calm = true
+				s.cycle = 30 * sec // Pings tell who is served.
+				s.run(5 * sec)
+				owner := s.ownerOf()
+				if owner == nil {
+					t.Fatal("nobody owns")
+				}
+				for _, h := range s.hosts {
+					h.asks = 0
+				}
+				begun := s.at()
+				row.event(s, owner)
+				most, gap := 0, time.Duration(0)
+				before := make([]int, len(s.hosts))
+				for tick := range 1000 {
+					s.run(10 * time.Millisecond)
+					for i, h := range s.hosts {
+						if _, out := h.front.Outage(); out && h.running {
+							gap = s.at() - begun
+						}
+						if tick%100 == 99 {
+							most = max(most, h.asks-before[i])
+							before[i] = h.asks
+						}
+					}
+				}
+				t.Logf("not all are served for %v; a host was asked up to %d times a second", gap, most)
+				if most > 10*hosts {
+					t.Errorf("a host was asked %d times in a second", most)
+				}
+				if limit := row.limit[timeout]; limit > 0 && (gap > limit || gap == 0) {
+					t.Errorf("a host was not served for %v, want at most %v", gap, limit)
+				}
+			})
+		}
+	}
+}
+
 func (s *sim) restart(h *simHost) {
 	h.stopDaemon()
 	s.run(500 * time.Millisecond)

@@ -104,6 +104,8 @@ type simHost struct {
 	front *Front
 	link  *simLink
 	asked map[*simHost]*simLink // Connections that have not been answered.
+	done  map[*simHost]simAsked
+	asks  int // How often this host was asked to serve.
 	count uint64
 	call  *simRequest // The client's request that the daemon has.
 
@@ -112,6 +114,12 @@ type simHost struct {
 	heard  []statefile.Heard
 	maxGap time.Duration // Longest time of a request that succeeded.
 	failed int           // Requests that failed.
+}
+
+// simAsked is when an ask ended, and the jitter of the pause after it.
+type simAsked struct {
+	at     time.Time
+	jitter float64
 }
 
 // simLink is one connection of a front to an owner.
@@ -216,6 +224,7 @@ func (h *simHost) startDaemon() {
 	h.life++
 	h.running, h.frozen, h.late, h.owner, h.waiting, h.links, h.closing = true, false, nil, nil, nil, map[*simLink]bool{}, false
 	h.front, h.link, h.call, h.asked = NewFront(s.now, s.t, h.life > 1), nil, nil, map[*simHost]*simLink{}
+	h.done = map[*simHost]simAsked{}
 	h.view = View{Self: h.name, Diskful: h.index < s.drbd.diskful, LostAt: s.now, Cut: map[string]time.Time{}}
 	for _, o := range s.hosts {
 		if o != h {
@@ -580,13 +589,15 @@ func (h *simHost) open() {
 			return
 		}
 		h.do(life, func() {
-			h.view.Opening, h.view.Opened, h.view.Held = false, s.now, !ok
+			h.view.Opened, h.view.Held = s.now, !ok
 			if !ok {
+				h.view.Opening = false
 				return
 			}
 			s.log("%v %s owns", s.at(), h.name)
 			s.drbd.read(h.index, regProbe, func(c simCell, ok bool) {
 				h.do(life, func() {
+					h.view.Opening = false
 					o := NewOwner(s.now, s.t, ok && c.id == recordClean)
 					h.owner, h.closing = o, false
 					if !ok {
@@ -605,8 +616,19 @@ func (h *simHost) open() {
 // search asks all hosts to serve while there is no link, and hosts whose DRBD link was cut whether they still own. The real front asks a few at a time; here all at once.
 func (h *simHost) search() {
 	s := h.s
+	var outage time.Duration
+	if began, out := h.front.Outage(); out {
+		outage = s.now.Sub(began)
+	}
 	for _, o := range s.hosts {
 		if _, cut := h.view.Cut[o.name]; h.asked[o] != nil || h.link != nil && !cut {
+			continue
+		}
+		last, pause := h.done[o], s.t.Reopen
+		if h.link == nil {
+			pause = s.t.AskAgain(len(s.hosts), outage, last.jitter)
+		}
+		if s.now.Sub(last.at) < pause {
 			continue
 		}
 		h.count++
@@ -616,9 +638,11 @@ func (h *simHost) search() {
 			continue
 		}
 		if !o.running {
+			h.done[o] = simAsked{s.now, s.rng.Float64()}
 			h.in(s.latency(), func() { h.note(o, Refused) })
 			continue
 		}
+		o.asks++
 		h.asked[o] = l
 		h.in(time.Second, func() { h.giveUp(l) })
 		l.toOwner(func() { o.accept(l) })
@@ -628,11 +652,17 @@ func (h *simHost) search() {
 // giveUp ends a connection that was not answered.
 func (h *simHost) giveUp(l *simLink) {
 	if h.asked[l.to] == l {
-		delete(h.asked, l.to)
+		h.said(l.to)
 		l.fromOpen = false
 		h.finTo(l)
 		h.note(l.to, Silent)
 	}
+}
+
+// said ends an ask.
+func (h *simHost) said(o *simHost) {
+	delete(h.asked, o)
+	h.done[o] = simAsked{h.s.now, h.s.rng.Float64()}
 }
 
 func (h *simHost) note(o *simHost, a Answer) { h.view.Note(h.s.now, o.name, a) }
@@ -650,9 +680,13 @@ func (h *simHost) accept(l *simLink) {
 			return
 		}
 	}
+	answer := NotOwner
+	if h.view.Opening {
+		answer = Opening
+	}
 	l.toFront(func() {
-		delete(l.from.asked, l.to)
-		l.from.note(l.to, NotOwner)
+		l.from.said(l.to)
+		l.from.note(l.to, answer)
 		if l.from.link == nil {
 			l.from.view.Successor = l.to.successor
 		}
@@ -661,7 +695,7 @@ func (h *simHost) accept(l *simLink) {
 }
 
 func (h *simHost) accepted(l *simLink) {
-	delete(h.asked, l.to)
+	h.said(l.to)
 	h.note(l.to, Serves)
 	if h.link != nil {
 		l.fromOpen = false

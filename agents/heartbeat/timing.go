@@ -35,6 +35,15 @@ func (t Timing) KernelTimeout() time.Duration { return t.Hold + 2*time.Second }
 // KernelDead is how long the kernel waits for a new socket when the shim has died.
 func (t Timing) KernelDead() time.Duration { return t.Hold + 7*time.Second }
 
+// AskAgain is the pause before a host that did not serve is asked again, in a pool of so many hosts, so long into an outage.
+// jitter is from 0 to 1. An ask costs both sides a TLS handshake, so the pause grows with the hosts; it stays below Settle,
+// in which a new owner lets those who found it wait anyway. And it grows with the outage, of which it is a twentieth at most.
+func (t Timing) AskAgain(hosts int, outage time.Duration, jitter float64) time.Duration {
+	pause := min(max(time.Duration(hosts)*6*time.Millisecond, 50*time.Millisecond), t.Settle*5/6)
+	pause = min(max(pause, outage/20), time.Second)
+	return pause - time.Duration(min(max(jitter, 0), 1)*float64(pause)/2)
+}
+
 // evictionTakes is from the first cut of a link to an answer of the next owner: cuts of up to 0.4 s on slow machines, the
 // new owner's open and settling.
 const evictionTakes = 2500 * time.Millisecond
