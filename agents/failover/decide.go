@@ -66,6 +66,18 @@ func (d *decider) find(code string, sev agents.Severity, text, fix string) {
 	d.Find(agents.Finding{Code: code, Subject: "resource/" + d.s.Names.Resource, Severity: sev, Text: text, Fix: fix})
 }
 
+// startGrace is how long an agent may need after its start to see DRBD's events and to hear the other hosts.
+const startGrace = 3 * time.Second
+
+// findSettled is find for what is so at each start for a moment: it would be raised and cleared for nothing.
+func (d *decider) findSettled(code string, sev agents.Severity, text, fix string) {
+	if left := d.m.Began.Add(startGrace).Sub(d.now); left > 0 {
+		d.RecheckIn(left)
+		return
+	}
+	d.find(code, sev, text, fix)
+}
+
 // due tells whether something tried before may be tried again, and rechecks when it may. Pauses double from min to max.
 func (d *decider) due(key string, least, most time.Duration) bool {
 	a, ok := d.m.Asked[key]
@@ -666,7 +678,7 @@ func (d *decider) findFacts() {
 		return
 	}
 	if !s.Fresh {
-		d.find("drbd-events-lost", agents.Warning, "the events stream is down: "+s.DRBDErr, "drbdsetup events2 --now "+s.Names.Resource)
+		d.findSettled("drbd-events-lost", agents.Warning, "the events stream is down: "+s.DRBDErr, "drbdsetup events2 --now "+s.Names.Resource)
 		d.RecheckIn(200 * time.Millisecond)
 	}
 	if s.BackupTrouble != "" {
@@ -676,7 +688,7 @@ func (d *decider) findFacts() {
 		return
 	}
 	if s.Mode == Observe {
-		d.find("mode-unknown", agents.Warning, "nobody is promoted by this agent: "+s.ModeWhy, "start xostor-failover on every host of the pool, or set agents.failover.mode")
+		d.findSettled("mode-unknown", agents.Warning, "nobody is promoted by this agent: "+s.ModeWhy, "start xostor-failover on every host of the pool, or set agents.failover.mode")
 	}
 	if s.Options.Quorum == "off" {
 		d.find("quorum-off", agents.Critical, "the database is not protected by quorum", "linstor resource-definition set-property "+s.Names.Resource+" DrbdOptions/Resource/quorum majority")

@@ -72,6 +72,26 @@ func plan(s failover.Snapshot) (string, []string) {
 	return strings.Join(verbs, ", "), codes
 }
 
+// A start is no trouble: what needs a moment then is no finding until it lasts.
+func TestDecide_StartIsNoTrouble(t *testing.T) {
+	for _, c := range []struct {
+		began time.Time
+		found bool
+	}{{ago(2 * time.Second), false}, {ago(3 * time.Second), true}, {time.Time{}, true}} {
+		s := idle()
+		s.Fresh, s.Mode, s.Memory.Began = false, failover.Observe, c.began
+		p := failover.Decide(now, s)
+		for _, code := range []string{"drbd-events-lost", "mode-unknown"} {
+			if got := slices.ContainsFunc(p.Findings, func(f agents.Finding) bool { return f.Code == code }); got != c.found {
+				t.Errorf("began %v: finding %s: %v, want %v", c.began, code, got, c.found)
+			}
+		}
+		if !c.found && (p.Recheck <= 0 || p.Recheck > time.Second) {
+			t.Errorf("looks again in %v, want when the grace ends", p.Recheck)
+		}
+	}
+}
+
 func TestDecide(t *testing.T) {
 	type S = failover.Snapshot
 	primaryPeer := func(s *S, silent time.Duration) {

@@ -261,6 +261,7 @@ func (s *Service) Run(ctx context.Context, o agents.Options) error {
 	}
 	wg.Go(func() { s.keeper.serve(ctx, s.backups) })
 	wg.Go(func() { s.serveControl(ctx) })
+	s.agent.memory.Began = time.Now()
 	err := agents.Run(ctx, s.agent, o)
 	cancel()
 	s.units.Close()

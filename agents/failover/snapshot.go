@@ -146,6 +146,7 @@ type ResFile struct {
 // Memory is what the agent remembers between passes: times that something has been so since. Zero times mean that it is not so. The monotonic
 // clock counts, so a jump of the wall clock changes nothing.
 type Memory struct {
+	Began      time.Time // of the agent; zero for a single look
 	NoQuorum   time.Time // Primary without quorum since
 	MayPromote time.Time // may_promote:yes, with data, since
 	PrimaryWas string    // the last peer seen as Primary
