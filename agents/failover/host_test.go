@@ -485,6 +485,24 @@ func TestAgent_DoesNotGrow(t *testing.T) {
 	}
 }
 
+// Between the unmount and the end of the probes the folder below must stay as it is: the next mount would hide what was left in it.
+func TestProbeDisk_LeavesNothingBelowTheMount(t *testing.T) {
+	dir := t.TempDir()
+	p := newProber("http://127.0.0.1:1", dir, &child.Runner{}, time.Minute, func() {})
+	if err := p.probeDisk(t.Context()); err == nil {
+		t.Error("a folder that is no mount point counts as healthy")
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left %v, %v", left, err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, ".xostor-probe"), nil, 0o600); err != nil { // as on a filesystem that was probed before
+		t.Fatal(err)
+	}
+	if err := p.probeDisk(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
 // What one pass costs without I/O to systemd: mount table, files, decision.
 func BenchmarkPass(b *testing.B) {
 	a := testAgent(b)

@@ -2,6 +2,7 @@ package failover
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -225,7 +227,17 @@ const leastFree = 1 << 20
 func (p *prober) probeDisk(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, probeDeadline)
 	defer cancel()
-	if _, err := p.child(ctx, "dd", "if=/dev/zero", "of="+p.file, "bs=512", "count=1", "conv=fsync", "status=none"); err != nil {
+	write := func(conv string) error {
+		_, err := p.child(ctx, "dd", "if=/dev/zero", "of="+p.file, "bs=512", "count=1", "conv="+conv, "status=none")
+		return err
+	}
+	err := write("fsync,nocreat")
+	if errors.Is(err, syscall.ENOENT) { // The first time on this filesystem; or it has just been unmounted, and nothing must be left in the folder below.
+		if _, err = p.child(ctx, "mountpoint", "-q", filepath.Dir(p.file)); err == nil {
+			err = write("fsync")
+		}
+	}
+	if err != nil {
 		return err
 	}
 	// The file's own block is enough for the file, so its success says nothing of room.
@@ -247,10 +259,12 @@ func (p *prober) child(ctx context.Context, argv ...string) (string, error) {
 	}
 	if res.Exit != 0 {
 		text := string(bytes.TrimSpace(res.Stderr))
-		if strings.Contains(text, syscall.ENOSPC.Error()) || strings.Contains(strings.ToLower(text), "no space left") {
-			return "", fmt.Errorf("write %s: %w", p.file, syscall.ENOSPC)
+		for _, known := range []syscall.Errno{syscall.ENOSPC, syscall.ENOENT} {
+			if strings.Contains(strings.ToLower(text), known.Error()) {
+				return "", fmt.Errorf("write %s: %w", p.file, known)
+			}
 		}
-		return "", fmt.Errorf("write %s: %s", p.file, text)
+		return "", fmt.Errorf("write %s: %s", p.file, cmp.Or(text, argv[0]+" failed"))
 	}
 	return string(res.Stdout), nil
 }
