@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -140,20 +141,35 @@ func TestShipped(t *testing.T) {
 			t.Errorf("code %d, %s", r.code, r.errOut)
 		}
 	})
+	// ready tells whether a host hears that all hosts can take the controller.
+	ready := func(h *realpool.Host) bool {
+		var report failover.Report
+		r := onHost(t, h, "controller", "status", "--json")
+		if json.Unmarshal([]byte(r.out), &report) != nil || len(report.Hosts) != 3 {
+			return false
+		}
+		return !slices.ContainsFunc(report.Hosts, func(h failover.HostReport) bool { return !h.Usable || h.Mode != failover.Owner })
+	}
+	t.Run("the pool secret changes on one host after the other", func(t *testing.T) {
+		before := o.State(realpool.Controller)
+		for _, h := range p.Hosts {
+			next := h.SecretFile() + ".new"
+			must(t, os.WriteFile(next, []byte("another secret of the same pool\n"), 0o600))
+			must(t, os.Rename(next, h.SecretFile()))
+			p.Until(lasting, "the agent on "+h.Name+" takes it into use", func() bool {
+				log, err := os.ReadFile(h.AgentLog())
+				return err == nil && bytes.Contains(log, []byte("pool secret changed"))
+			})
+			for _, each := range p.Hosts {
+				p.Until(lasting, each.Name+" hears all hosts", func() bool { return ready(each) })
+			}
+		}
+		if after := o.State(realpool.Controller); after.MainPID != before.MainPID || p.Owner() != o {
+			t.Errorf("the controller was %+v, is %+v", before, after)
+		}
+	})
 	t.Run("move", func(t *testing.T) {
-		p.Until(lasting, "all hosts can take it", func() bool {
-			var report failover.Report
-			r := onHost(t, o, "controller", "status", "--json")
-			if json.Unmarshal([]byte(r.out), &report) != nil || len(report.Hosts) != 3 {
-				return false
-			}
-			for _, h := range report.Hosts {
-				if !h.Usable || h.Mode != failover.Owner {
-					return false
-				}
-			}
-			return true
-		})
+		p.Until(lasting, "all hosts can take it", func() bool { return ready(o) })
 		if r := onHost(t, other, "controller", "move", "nowhere"); r.code != 1 || !strings.Contains(r.errOut, "there is no host nowhere") {
 			t.Errorf("to nowhere: code %d, %s", r.code, r.errOut)
 		}

@@ -277,6 +277,9 @@ func (h *Host) ConfigFile() string { return filepath.Join(h.Dir, "agents.toml") 
 // AgentLog is what the agent logs.
 func (h *Host) AgentLog() string { return filepath.Join(h.Dir, "agent.log") }
 
+// SecretFile is the host's copy of the pool secret.
+func (h *Host) SecretFile() string { return h.file("ptoken") }
+
 // WriteConfig writes ConfigFile and the dom0's files that it names; extra is appended. No XAPI is behind it. Whether a bus is, is the caller's choice: BusSocket.
 func (h *Host) WriteConfig(extra string) error {
 	probe := ""
@@ -309,9 +312,9 @@ reactor_dir = %q
 drbdsetup = %q
 drbdadm = %q
 device_major = %d
-%s%s`, h.file("pool.conf"), h.file("inventory"), h.Name, h.file("xapi"), h.BusSocket(), h.file("bus"), h.p.file("ptoken"), h.Name, h.Node.Address(), h.p.Port, h.Socket(), h.StateDir(),
+%s%s`, h.file("pool.conf"), h.file("inventory"), h.Name, h.file("xapi"), h.BusSocket(), h.file("bus"), h.SecretFile(), h.Name, h.Node.Address(), h.p.Port, h.Socket(), h.StateDir(),
 		h.file("backups"), h.MountPoint, h.URL(), h.ResDir(), h.file("reactor.toml"), h.file("reactor.d"), h.p.Drbdsetup(), h.p.Drbdadm(), LoopMajor, probe, extra)
-	for path, text := range map[string]string{h.ConfigFile(): text, h.file("pool.conf"): "master", h.file("inventory"): "INSTALLATION_UUID='uuid-of-" + h.Name + "'\n", h.p.file("ptoken"): "the secret of a pool for trying out\n"} {
+	for path, text := range map[string]string{h.ConfigFile(): text, h.file("pool.conf"): "master", h.file("inventory"): "INSTALLATION_UUID='uuid-of-" + h.Name + "'\n", h.SecretFile(): "the secret of a pool for trying out\n"} {
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			return fmt.Errorf("write configuration: %w", err)
 		}
@@ -320,7 +323,6 @@ device_major = %d
 }
 
 func (h *Host) file(name string) string { return filepath.Join(h.Dir, name) }
-func (p *Pool) file(name string) string { return filepath.Join(p.Dir, name) }
 
 // BusSocket is where the bus of the host would be.
 func (h *Host) BusSocket() string { return h.file("bus.sock") }
