@@ -373,7 +373,7 @@ func TestLINSTORAwayIsStaleAndComesBack(t *testing.T) {
 		b.counted()
 		b.later(10 * time.Minute)
 		n := b.counted()
-		if n[callPools] > 130 || n[callNodes]+n[callProbe]+n[callView] > 2 {
+		if n[callPools] > 400 || n[callNodes]+n[callProbe]+n[callView] > 2 {
 			t.Fatalf("calls in ten minutes to a controller that is away: %v", n)
 		}
 		b.set(func() {

@@ -54,7 +54,8 @@ const (
 	ownLimit         = 3 // and what kept us busy for d not before 3 d.
 	resourcesAtOnce  = 8
 	awayFirst        = 500 * time.Millisecond
-	awayLast         = 10 * time.Second
+	awayLast         = 3 * time.Second // The controller moves often, and a question to one that is not there costs nothing.
+	failedLast       = 10 * time.Second
 )
 
 // stamp is what we remember of the last call of a kind.
@@ -156,7 +157,7 @@ func (s *pollState) dueAt(now time.Time, c call) time.Time {
 func (t stamp) limited(gap time.Duration) time.Time {
 	gap = max(gap, selfLimit*t.waited, ownLimit*t.took)
 	if t.failures > 0 {
-		gap = max(gap, min(awayLast, awayFirst<<min(t.failures, 10)))
+		gap = max(gap, min(failedLast, awayFirst<<min(t.failures, 10)))
 	}
 	return t.began.Add(gap)
 }
