@@ -46,8 +46,10 @@ type Config struct {
 	Resource Resource
 	// Size of the export to local clients, in bytes.
 	Size int64
-	// Takeover: the kernel's device was there before this process.
-	Takeover bool
+	// Before is the longest request time-out that the kernel's device was given by the processes before, 0 if it is new.
+	Before time.Duration
+	// HangUp is called when Run is to end, while requests are still passed on: KernelSockets.HangUp. It may be nil.
+	HangUp func(limit time.Duration)
 	// Monitor marks a process that only watches and owns; its sessions do not replace those of the host's front.
 	Monitor bool
 	Log     *slog.Logger
@@ -97,7 +99,7 @@ func New(c Config) (*Daemon, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	d := &Daemon{c: c, front: newForwarder(c.Timing, c.Size, c.Statefile, c.Takeover), asked: map[string]*asking{}, learned: map[string]string{},
+	d := &Daemon{c: c, front: newForwarder(c.Timing, c.Size, c.Statefile, c.Before), asked: map[string]*asking{}, learned: map[string]string{},
 		slots: make(chan struct{}, 16)}
 	now := time.Now()
 	d.view = View{Self: c.Host, LostAt: now, Cut: map[string]time.Time{}}
@@ -133,11 +135,13 @@ func (d *Daemon) Remote() *nbd.Server {
 	return s
 }
 
-// Run searches, watches and owns until ctx ends, and then hands over.
+// Run searches, watches and owns until ctx ends. Then it answers what the kernel has sent, for t.Suspect at most, and hands over.
 func (d *Daemon) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
-	wg.Go(func() { d.loop(ctx, 25*time.Millisecond, d.search) })
-	wg.Go(func() { d.pings(ctx) })
+	front, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	wg.Go(func() { d.loop(front, 25*time.Millisecond, d.search) })
+	wg.Go(func() { d.pings(front) })
 	wg.Go(func() { d.loop(ctx, 50*time.Millisecond, d.decide) })
 	if d.c.Resource != nil {
 		wg.Go(func() { d.loop(ctx, 2*time.Second, d.ask) })
@@ -150,8 +154,12 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	wg.Go(func() { d.loop(ctx, 5*time.Second, d.prefer) })
 	<-ctx.Done()
+	if d.c.HangUp != nil {
+		d.c.HangUp(d.timing().Suspect)
+	}
 	d.HandOver("")
 	d.front.stop()
+	stop()
 	wg.Wait()
 	d.asks.Wait()
 	return nil
@@ -327,6 +335,9 @@ func (d *Daemon) search(ctx context.Context) {
 	for _, p := range order {
 		if _, cut := d.view.Cut[p.Host]; linked && !cut {
 			continue
+		}
+		if p.Host == d.c.Host && d.c.Open != nil && d.owner == nil {
+			continue // This process knows that it does not own.
 		}
 		a := d.asked[p.Host]
 		pause := d.c.Timing.AskAgain(len(order), outage, a.jitter)

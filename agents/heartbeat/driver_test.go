@@ -2,6 +2,7 @@ package heartbeat
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -10,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/xostor-agents/xostor-agents/agents/heartbeat/nbd"
 	"github.com/xostor-agents/xostor-agents/agents/heartbeat/statefile"
@@ -245,4 +248,85 @@ func (c counting) Accept() (net.Conn, error) {
 	conn, err := c.Listener.Accept()
 	c.n.Add(1)
 	return conn, err
+}
+
+// A daemon that is told to end answers what the kernel has sent, and takes nothing more: the kernel would repeat the one only
+// after its time-out, and keeps the other for the next process.
+func TestStopAnswersTheKernel(t *testing.T) {
+	t.Parallel()
+	l1, l2 := listener(t), listener(t)
+	peers := []PeerAddress{{"n1", []string{l1.Addr().String()}}, {"n2", []string{l2.Addr().String()}}}
+	var held atomic.Bool
+	held.Store(true)
+	dev := &slow{scripted: scripted{data: make([]byte, 4<<20), held: &held}, at: statefile.Offset(1), asked: make(chan struct{}), answer: make(chan struct{})}
+	c := testConfig("n1", peers, func() (Device, error) { return dev, nil })
+	c.Timing.Suspect = 100 * time.Millisecond // It owns soon.
+	runs(t, c, l1)
+	c = testConfig("n2", peers, nil)
+	c.Timing.Suspect, c.Timing.Attempt, c.Timing.Hold = 5*time.Minute, 5*time.Minute, 5*time.Minute // However slow the machine is.
+	shut := make(chan struct{})
+	var sockets *KernelSockets
+	c.HangUp = func(limit time.Duration) {
+		go func() {
+			eventually(t, "sockets take no more", func() bool { return sockets.shut.Load() })
+			close(shut)
+		}()
+		sockets.HangUp(limit)
+	}
+	d, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sockets = d.KernelSockets()
+	ours, kernel := kernelPair(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	ended, closed := make(chan struct{}), make(chan struct{})
+	go func() { defer close(ended); _ = d.Run(ctx) }()
+	go func() { defer close(closed); _ = d.Local().Transmit(context.Background(), ours, sockets.Session(ours)) }()
+	request := make([]byte, 28+1024) // A WRITE: magic, flags, type, cookie, offset, length, data.
+	binary.BigEndian.PutUint32(request, 0x25609513)
+	binary.BigEndian.PutUint16(request[6:], 1)
+	binary.BigEndian.PutUint64(request[16:], uint64(dev.at))
+	binary.BigEndian.PutUint32(request[24:], 1024)
+	for range 2 { // The second waits in the socket, unread.
+		if _, err := unix.Write(kernel, request); err != nil {
+			t.Fatal(err)
+		}
+	}
+	<-dev.asked
+	cancel()
+	<-shut
+	if _, err := unix.Write(kernel, request); !errors.Is(err, syscall.EPIPE) {
+		t.Errorf("write after the stop: %v", err)
+	}
+	select {
+	case <-ended:
+		t.Error("the daemon ended before it answered")
+	default:
+	}
+	close(dev.answer)
+	<-closed
+	<-ended
+	reply := make([]byte, 64)
+	n, err := unix.Read(kernel, reply)
+	if err != nil || n != 32 || binary.BigEndian.Uint32(reply[4:]) != 0 || binary.BigEndian.Uint32(reply[20:]) != 0 {
+		t.Errorf("replies to two requests: %d bytes %x, %v", n, reply[:max(n, 0)], err)
+	}
+}
+
+// slow is a device of which writes at one place wait.
+type slow struct {
+	scripted
+	at            int64
+	asked, answer chan struct{}
+	once          sync.Once
+}
+
+func (s *slow) Write(p []byte, off int64) error {
+	if off == s.at {
+		s.once.Do(func() { close(s.asked) })
+		<-s.answer
+	}
+	return s.scripted.Write(p, off)
 }

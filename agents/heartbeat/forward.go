@@ -33,7 +33,7 @@ type forwarder struct {
 	stopped bool
 }
 
-// stop fails all requests from now on: the process ends, and the kernel sends them again to the next one.
+// stop fails all requests from now on.
 func (w *forwarder) stop() {
 	w.mu.Lock()
 	l := w.link
@@ -67,8 +67,8 @@ type Stats struct {
 var LatencyBounds = [...]time.Duration{time.Millisecond, 5 * time.Millisecond, 20 * time.Millisecond, 100 * time.Millisecond, 500 * time.Millisecond,
 	2 * time.Second, 5 * time.Second, 10 * time.Second, 20 * time.Second}
 
-func newForwarder(t Timing, size int64, slots, takeover bool) *forwarder {
-	return &forwarder{t: t, attached: t.KernelTimeout(), size: size, slots: slots, turn: make(chan struct{}, 1), f: NewFront(time.Now(), t, takeover), changed: make(chan struct{})}
+func newForwarder(t Timing, size int64, slots bool, before time.Duration) *forwarder {
+	return &forwarder{t: t, attached: t.KernelTimeout(), size: size, slots: slots, turn: make(chan struct{}, 1), f: NewFront(time.Now(), t, before), changed: make(chan struct{})}
 }
 
 func (w *forwarder) announce() {
@@ -143,7 +143,7 @@ func (w *forwarder) move(from *ownerLink, connect func() (*ownerLink, error)) bo
 func (w *forwarder) setTiming(t Timing) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	t.Hold = min(t.Hold, w.attached-2*time.Second)
+	t.Hold = min(t.Hold, w.attached-kernelSlack)
 	w.t, w.f.t = t, t
 }
 
@@ -345,7 +345,8 @@ func (s *localSession) Flush() error { return s.w.request(s.alive, false, 0, 0, 
 func (s *localSession) Close()       {}
 
 // hangUp returns a check whether the peer still has conn open. The kernel shuts a socket down before it sends its requests
-// again on another one, so a request from a socket that is shut down must not be passed on any more.
+// again on another one, so a request from a socket that is shut down must not be passed on any more. It shuts down both
+// directions; one alone is our own HangUp.
 func hangUp(conn net.Conn) func() bool {
 	sc, ok := conn.(syscall.Conn)
 	if !ok {
@@ -358,9 +359,9 @@ func hangUp(conn net.Conn) func() bool {
 	fds := make([]unix.PollFd, 1)
 	gone := false
 	check := func(fd uintptr) {
-		fds[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLRDHUP}
+		fds[0] = unix.PollFd{Fd: int32(fd), Events: 0}
 		_, err := unix.Poll(fds, 0)
-		gone = err == nil && fds[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
+		gone = err == nil && fds[0].Revents&(unix.POLLHUP|unix.POLLERR) != 0
 	}
 	return func() bool {
 		gone = false

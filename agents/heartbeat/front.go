@@ -13,15 +13,16 @@ import (
 type Front struct {
 	t      Timing
 	outage time.Time     // Zero: there is none.
-	kernel time.Duration // The request time-out with which the kernel's device was attached.
+	kernel time.Duration // The longest request time-out that a request of the kernel may have.
 	shared time.Time     // From when on shared writes are taken.
 }
 
-// NewFront starts in an outage that began at now: no owner has answered yet. takeover says that the kernel's device was
-// there before: then the kernel may send a write again that the process before had passed on.
-func NewFront(now time.Time, t Timing, takeover bool) *Front {
-	f := &Front{t: t, kernel: t.KernelTimeout(), outage: now}
-	if takeover {
+// NewFront starts in an outage that began at now: no owner has answered yet. before is the longest request time-out that the
+// kernel's device has had, 0 if it is new: the kernel may send a write again that a process before had passed on, and times
+// each request by what the time-out was when it was sent.
+func NewFront(now time.Time, t Timing, before time.Duration) *Front {
+	f := &Front{t: t, kernel: max(t.KernelTimeout(), before), outage: now}
+	if before > 0 {
 		f.Repeating(now)
 	}
 	return f

@@ -3,6 +3,7 @@ package heartbeat
 import (
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/xostor-agents/xostor-agents/agents/heartbeat/nbd"
@@ -15,6 +16,7 @@ import (
 type KernelSockets struct {
 	front *forwarder
 
+	shut  atomic.Bool // No more is taken from the kernel.
 	mu    sync.Mutex
 	alive map[*kernelSession]func() bool
 }
@@ -26,11 +28,40 @@ func (d *Daemon) KernelSockets() *KernelSockets {
 
 // Session is the session for a socket whose other end is handed to the kernel.
 func (k *KernelSockets) Session(conn net.Conn) nbd.Session {
-	s := &kernelSession{localSession: k.front.session(conn), sockets: k}
+	s := &kernelSession{localSession: k.front.session(conn), sockets: k, conn: conn}
 	k.mu.Lock()
 	k.alive[s] = hangUp(conn)
 	k.mu.Unlock()
 	return s
+}
+
+// HangUp refuses to take more from the kernel, which keeps it for the sockets of the next process, and returns when all that it
+// had sent is answered, or after limit. A request that is in flight when a socket closes would be repeated only after the kernel's
+// time-out.
+func (k *KernelSockets) HangUp(limit time.Duration) {
+	k.mu.Lock()
+	for s := range k.alive {
+		shutRead(s.conn)
+	}
+	k.mu.Unlock()
+	k.shut.Store(true)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for end := time.Now().Add(limit); time.Now().Before(end); <-tick.C {
+		k.mu.Lock()
+		left := len(k.alive)
+		k.mu.Unlock()
+		if left == 0 {
+			return
+		}
+	}
+}
+
+// shutRead makes the other end unable to send. What it had sent can still be read, and answered.
+func shutRead(conn net.Conn) {
+	if c, ok := conn.(interface{ CloseRead() error }); ok {
+		_ = c.CloseRead() // It is closed already, then.
+	}
 }
 
 // complete says whether the kernel has given up none of the sockets.
@@ -49,6 +80,7 @@ func (k *KernelSockets) complete() bool {
 type kernelSession struct {
 	*localSession
 	sockets *KernelSockets
+	conn    net.Conn
 }
 
 func (s *kernelSession) mayRepeat(off, n int64) bool {

@@ -281,7 +281,7 @@ func TestOwnersDataIsCurrentOnlyUnderAFreshWrite(t *testing.T) {
 func TestFrontBudget(t *testing.T) {
 	tm, _ := DeriveTiming(statefile.Derive(60 * sec))
 	now := time.Unix(10000, 0)
-	f := NewFront(now, tm, false)
+	f := NewFront(now, tm, 0)
 	f.Answered()
 	if until, ok := f.Until(now, now); !ok || until != now.Add(tm.Hold) {
 		t.Error("no outage")
@@ -312,8 +312,8 @@ func TestWhatMayBeRepeated(t *testing.T) {
 	}
 	tm, _ := DeriveTiming(statefile.Derive(60 * sec))
 	now := time.Unix(10000, 0)
-	f := NewFront(now, tm, true)
-	if f.TakesShared(now.Add(tm.KernelTimeout())) || !f.TakesShared(now.Add(tm.KernelTimeout()+sec)) || !NewFront(now, tm, false).TakesShared(now) {
+	f := NewFront(now, tm, tm.KernelTimeout())
+	if f.TakesShared(now.Add(tm.KernelTimeout())) || !f.TakesShared(now.Add(tm.KernelTimeout()+sec)) || !NewFront(now, tm, 0).TakesShared(now) {
 		t.Error("after a takeover, shared writes may be repetitions until the kernel's time-out has passed")
 	}
 }

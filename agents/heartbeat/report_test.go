@@ -125,12 +125,12 @@ func TestManagementNetworkNeedsQuorum(t *testing.T) {
 func TestBudgetStaysBelowTheKernels(t *testing.T) {
 	short, _ := DeriveTiming(statefile.Derive(20 * time.Second))
 	long, _ := DeriveTiming(statefile.Derive(60 * time.Second))
-	w := newForwarder(short, 4<<20, true, false)
+	w := newForwarder(short, 4<<20, true, 0)
 	w.setTiming(long)
 	if w.f.t.Hold != short.Hold || w.f.t.Suspect != long.Suspect {
 		t.Errorf("hold %v", w.f.t.Hold)
 	}
-	w = newForwarder(long, 4<<20, true, false)
+	w = newForwarder(long, 4<<20, true, 0)
 	w.setTiming(short)
 	w.f.Repeating(time.Unix(0, 0))
 	if w.f.t.Hold != short.Hold || !w.f.shared.Equal(time.Unix(0, 0).Add(long.KernelTimeout()+time.Second)) {

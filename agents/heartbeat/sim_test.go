@@ -222,8 +222,12 @@ func (h *simHost) in(d time.Duration, f func()) {
 func (h *simHost) startDaemon() {
 	s := h.s
 	h.life++
+	var before time.Duration
+	if h.life > 1 {
+		before = s.t.KernelTimeout()
+	}
 	h.running, h.frozen, h.late, h.owner, h.waiting, h.links, h.closing = true, false, nil, nil, nil, map[*simLink]bool{}, false
-	h.front, h.link, h.call, h.asked = NewFront(s.now, s.t, h.life > 1), nil, nil, map[*simHost]*simLink{}
+	h.front, h.link, h.call, h.asked = NewFront(s.now, s.t, before), nil, nil, map[*simHost]*simLink{}
 	h.done = map[*simHost]simAsked{}
 	h.view = View{Self: h.name, Diskful: h.index < s.drbd.diskful, LostAt: s.now, Cut: map[string]time.Time{}}
 	for _, o := range s.hosts {

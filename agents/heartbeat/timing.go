@@ -29,8 +29,16 @@ type Timing struct {
 	Probe   time.Duration `json:"probe_ns"`   // Between an idle owner's probe writes.
 }
 
+// longestHold bounds Hold, whatever xhad tolerates.
+const longestHold = 17 * time.Second
+
+// LongestKernelTimeout is the longest KernelTimeout that any configuration gives.
+const LongestKernelTimeout = longestHold + kernelSlack
+
+const kernelSlack = 2 * time.Second
+
 // KernelTimeout is the kernel's request time-out for nbd: more than Hold, or it would end the socket that is being held.
-func (t Timing) KernelTimeout() time.Duration { return t.Hold + 2*time.Second }
+func (t Timing) KernelTimeout() time.Duration { return t.Hold + kernelSlack }
 
 // KernelDead is how long the kernel waits for a new socket when the shim has died.
 func (t Timing) KernelDead() time.Duration { return t.Hold + 7*time.Second }
@@ -73,7 +81,7 @@ func DeriveTiming(x statefile.Timeouts) (Timing, []agents.Finding) {
 	t.Evict = min(max(tolerated/5, t.Suspect+1500*time.Millisecond), 10*time.Second)
 	// An error makes xhad sleep before it asks again, so the budget covers an eviction where half of what is tolerated does.
 	evicted := min(t.Evict+evictionTakes, tolerated/2)
-	t.Hold = min(max(tolerated/3, evicted, 3*time.Second), 17*time.Second)
+	t.Hold = min(max(tolerated/3, evicted, 3*time.Second), longestHold)
 	if x.StateFileTimeout >= 20*time.Second && tolerated > t.Failover()+t.Hold/2 {
 		return t, nil
 	}

@@ -90,8 +90,9 @@ type kernelNBD struct {
 	path     string
 	memo     string // File that remembers the device over a restart.
 	takeover bool
-	release  bool // The device ends with the process: who started it attaches it anew each time, as SM does.
-	released atomic.Bool
+	before   time.Duration // The longest request time-out that the device has had.
+	release  bool          // The device ends with the process: who started it attaches it anew each time, as SM does.
+	released atomic.Bool   // The kernel gets no more sockets of this process.
 	sockets  *heartbeat.KernelSockets
 	device   knbd.Device
 }
@@ -117,8 +118,8 @@ func (s *settings) kernelDevice(log *slog.Logger) (*kernelNBD, error) {
 	} else if s.kernel != "auto" {
 		return nil, fmt.Errorf("%w: --kernel %q", errUsage, s.kernel)
 	}
-	if n, ok := remembered(k.memo); ok && (!k.fixed || n == k.index) {
-		k.index, k.takeover = n, true
+	if m, ok := remembered(k.memo); ok && (!k.fixed || m.index == k.index) {
+		k.index, k.takeover, k.before = m.index, true, m.timeout
 	}
 	return k, nil
 }
@@ -135,20 +136,47 @@ func connection(index int) (inode uint64, ok bool) {
 	return st.Ino, true
 }
 
+// remembrance is what a process leaves for the next one about the kernel's device.
+type remembrance struct {
+	index   int
+	inode   uint64
+	boot    string
+	timeout time.Duration // The longest request time-out that the device has had, in whole seconds.
+}
+
+// parseMemo reads a memo. One of an older version does not have the time-out: then it may have been the longest that there is.
+func parseMemo(text string) (m remembrance, ok bool) {
+	fields := strings.Fields(text)
+	if len(fields) == 3 {
+		fields = append(fields, strconv.Itoa(int(heartbeat.LongestKernelTimeout/time.Second)))
+	}
+	if len(fields) != 4 {
+		return remembrance{}, false
+	}
+	var seconds uint32
+	if _, err := fmt.Sscan(strings.Join(fields, " "), &m.index, &m.inode, &m.boot, &seconds); err != nil || seconds == 0 {
+		return remembrance{}, false
+	}
+	m.timeout = time.Duration(seconds) * time.Second
+	return m, true
+}
+
+func (m remembrance) String() string {
+	return fmt.Sprintf("%d %d %s %d\n", m.index, m.inode, m.boot, m.timeout/time.Second)
+}
+
 // remembered is the device of a process before, if its connection still is the same. Another's device must not be touched:
 // it would get our sockets and our size.
-func remembered(memo string) (index int, ok bool) {
+func remembered(memo string) (m remembrance, ok bool) {
 	b, err := os.ReadFile(memo)
 	if err != nil {
-		return 0, false
+		return remembrance{}, false
 	}
-	var inode uint64
-	var boot string
-	if n, err := fmt.Sscanf(string(b), "%d %d %s", &index, &inode, &boot); err != nil || n != 3 || boot != bootID() {
-		return 0, false
+	if m, ok = parseMemo(string(b)); !ok || m.boot != bootID() {
+		return remembrance{}, false
 	}
-	now, ok := connection(index)
-	return index, ok && now == inode
+	now, ok := connection(m.index)
+	return m, ok && now == m.inode
 }
 
 func (k *kernelNBD) remember() error {
@@ -157,7 +185,9 @@ func (k *kernelNBD) remember() error {
 		return fmt.Errorf("remember nbd device: /dev/nbd%d ended", k.index)
 	}
 	fresh := k.memo + ".new"
-	err := os.WriteFile(fresh, fmt.Appendf(nil, "%d %d %s\n", k.index, inode, bootID()), 0o600)
+	// Never less than before: requests that were sent under a longer time-out keep it.
+	m := remembrance{k.index, inode, bootID(), max(k.before, k.device.Timeout)}
+	err := os.WriteFile(fresh, []byte(m.String()), 0o600)
 	if err == nil {
 		err = os.Rename(fresh, k.memo)
 	}
@@ -199,6 +229,11 @@ func (k *kernelNBD) attach(g *group, d *heartbeat.Daemon, c heartbeat.Config) er
 		dev.Sockets = append(dev.Sockets, fd)
 		g.add(func(ctx context.Context) error { return k.keep(ctx, server, conn) })
 	}
+	if k.takeover {
+		if err := k.remember(); err != nil { // First: this process may end in between.
+			return err
+		}
+	}
 	if err := k.hand(dev); err != nil {
 		return err
 	}
@@ -219,6 +254,7 @@ func (k *kernelNBD) hand(dev knbd.Device) error {
 		if !k.fixed {
 			dev.Index = -1
 		}
+		k.before = 0
 	}
 	var err error
 	if k.index, err = knbd.Connect(k.link, dev); errors.Is(err, unix.EBUSY) {
@@ -267,6 +303,12 @@ func (k *kernelNBD) keep(ctx context.Context, server *nbd.Server, conn net.Conn)
 		k.log.Warn("kernel gave a socket up; offered another", "device", k.path)
 		conn = fresh
 	}
+}
+
+// hangUp leaves the device to the next process.
+func (k *kernelNBD) hangUp(limit time.Duration) {
+	k.released.Store(true)
+	k.sockets.HangUp(limit)
 }
 
 // detach ends the device if it is to end with the process.

@@ -24,6 +24,7 @@ const usage = `xostor-heartbeat: the HA statefile for every host of an XOSTOR po
   xostor-heartbeat run --resource NAME     front and owner in one process; needs no LINSTOR controller
   xostor-heartbeat status [--json]         owner, latencies, how close to the time-outs, last writes
   xostor-heartbeat handover [HOST]         give the ownership to HOST, or to anyone, before maintenance
+  xostor-heartbeat detach [RESOURCE]       disconnect the kernel device that a stopped daemon left, if nobody has it open
   xostor-heartbeat dump [FILE|DEVICE]      decode and explain the statefile (of this host's daemon, or in a file)
   xostor-heartbeat version
 
@@ -73,6 +74,8 @@ func dispatch(ctx context.Context, argv []string) error {
 		return status(args, os.Stdout)
 	case "handover":
 		return handover(args)
+	case "detach":
+		return detach(args, os.Stdout)
 	case "dump":
 		return dump(args, os.Stdout)
 	case "version":

@@ -3,12 +3,16 @@ package main
 import (
 	"bytes"
 	"errors"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/xostor-agents/xostor-agents/agents/heartbeat"
 	"github.com/xostor-agents/xostor-agents/agents/heartbeat/statefile"
@@ -105,5 +109,97 @@ func TestDumpAndUsage(t *testing.T) {
 	}
 	if err := dispatch(t.Context(), []string{"xostor-heartbeat", "status", "--run-dir", t.TempDir()}); err == nil || !errors.Is(err, heartbeat.ErrNoDaemon) {
 		t.Errorf("status without a daemon: %v", err)
+	}
+}
+
+// A memo says which connection of the kernel's device is ours, and how late the kernel may repeat what was sent.
+func TestMemo(t *testing.T) {
+	for _, c := range []struct {
+		text string
+		ok   bool
+		want remembrance
+	}{
+		{"3 77 b-1 19\n", true, remembrance{3, 77, "b-1", 19 * time.Second}},
+		{"3 77 b-1\n", true, remembrance{3, 77, "b-1", heartbeat.LongestKernelTimeout}}, // Written before it had the time-out.
+		{"3 77 b-1 0\n", false, remembrance{}},
+		{"3 77 b-1 x\n", false, remembrance{}},
+		{"3 77\n", false, remembrance{}},
+		{"", false, remembrance{}},
+	} {
+		m, ok := parseMemo(c.text)
+		if ok != c.ok || ok && m != c.want {
+			t.Errorf("%q: %+v %v", c.text, m, ok)
+		}
+		if again, ok := parseMemo(m.String()); c.ok && (!ok || again != m) {
+			t.Errorf("%q is written as %q", c.text, m)
+		}
+	}
+}
+
+// A process that has a file open is found by it, whatever its name.
+func TestHolders(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "device")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var want unix.Stat_t
+	if err := unix.Stat(path, &want); err != nil {
+		t.Fatal(err)
+	}
+	same := func(st unix.Stat_t) bool { return st.Dev == want.Dev && st.Ino == want.Ino }
+	look := func() []holder {
+		found, err := holders(func(command string) bool { return strings.Contains(command, "sleep") }, same)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return found
+	}
+	if found := look(); len(found) != 0 {
+		t.Errorf("found %+v, which is this process", found)
+	}
+	cmd := exec.Command("sleep", "600")
+	cmd.ExtraFiles = []*os.File{f}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }()
+	if found := look(); len(found) != 1 || found[0].pid != cmd.Process.Pid || found[0].command != "sleep 600" {
+		t.Errorf("found %+v, want process %d", found, cmd.Process.Pid)
+	}
+}
+
+// Without a device, or beside a running daemon, detach says so.
+func TestDetachRefuses(t *testing.T) {
+	dir := t.TempDir()
+	if err := detach([]string{"--run-dir", dir}, io.Discard); err == nil || !strings.Contains(err.Error(), "left a kernel device") {
+		t.Errorf("no device: %v", err)
+	}
+	memo := filepath.Join(dir, "sf.front.nbd")
+	if err := os.WriteFile(memo, []byte("0 1 another-boot 19\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := settings{runDir: dir, resource: "sf", front: true}
+	unlock, err := s.lock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := detach([]string{"--run-dir", dir}, io.Discard); err == nil || !strings.Contains(err.Error(), "stop it first") {
+		t.Errorf("a daemon runs: %v", err)
+	}
+	unlock()
+	if err := detach([]string{"--run-dir", dir, "other"}, io.Discard); err == nil {
+		t.Error("detached what was not named")
+	}
+	var out bytes.Buffer
+	if err := detach([]string{"--run-dir", dir, "sf"}, &out); err != nil || out.String() != "the device of sf is gone already\n" {
+		t.Errorf("device of an earlier boot: %v %q", err, out.String())
+	}
+	if _, err := os.Stat(memo); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the memo is still there: %v", err)
 	}
 }

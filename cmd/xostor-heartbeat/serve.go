@@ -335,7 +335,12 @@ func (s *settings) serve(ctx context.Context, c heartbeat.Config, log *slog.Logg
 	if err != nil {
 		return err
 	}
-	c.Takeover = k != nil && k.takeover
+	if k != nil {
+		c.HangUp = k.hangUp
+		if k.takeover {
+			c.Before = k.before
+		}
+	}
 	d, err := heartbeat.New(c)
 	if err != nil {
 		return err

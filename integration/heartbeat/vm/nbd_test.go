@@ -21,7 +21,7 @@ func TestKernelNBD(t *testing.T) {
 		alone(t)
 		k := kernel(t)
 		init, shim := programs(t)
-		m := boot(t, Config{Kernel: k, Init: init, Memory: 512, Modules: []string{"nbd nbds_max=24", "brd rd_nr=8 rd_size=4096"}, Programs: map[string]string{shimPath: shim}})
+		m := boot(t, Config{Kernel: k, Init: init, Memory: 512, Modules: []string{"nbd nbds_max=24", "brd rd_nr=12 rd_size=4096"}, Programs: map[string]string{shimPath: shim}})
 		inGuest(t, m)
 		return
 	}
@@ -30,6 +30,7 @@ func TestKernelNBD(t *testing.T) {
 	t.Run("shimForDriver", testShimForDriver)
 	t.Run("shimOthersDevice", testShimOthersDevice)
 	t.Run("shimDisconnected", testShimDisconnected)
+	t.Run("shimDetach", testShimDetach)
 	// These wait for time-outs: side by side.
 	t.Run("geometry", testGeometry)
 	t.Run("wire", testWire)
@@ -38,6 +39,8 @@ func TestKernelNBD(t *testing.T) {
 	t.Run("sockets", testSockets)
 	t.Run("shimRestart", testShimRestart)
 	t.Run("shimFrozen", testShimFrozen)
+	t.Run("shimStopped", testShimStopped)
+	t.Run("shimShorterTimeout", testShimShorterTimeout)
 	t.Run("shimHolds", testShimHolds)
 }
 

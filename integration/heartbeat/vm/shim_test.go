@@ -366,7 +366,7 @@ func testShimOthersDevice(t *testing.T) {
 		t.Fatal(err)
 	}
 	fields := strings.Fields(string(b))
-	if len(fields) != 3 {
+	if len(fields) != 4 {
 		t.Fatalf("memo %q", b)
 	}
 	fields[0] = fmt.Sprint(other.index) // As if the kernel had given the index to another connection since.
@@ -413,4 +413,79 @@ func testShimDisconnected(t *testing.T) {
 	if err != nil || !strings.Contains(string(out), "owner's record: host n1") {
 		t.Errorf("dump: %v: %s", err, out)
 	}
+}
+
+// testShimDetach: a device that a stopped shim left is disconnected by hand, unless it is in use.
+func testShimDetach(t *testing.T) {
+	s := newShim(t, "")
+	d := s.open()
+	works(t, d, 0, 1)
+	detach := func() string {
+		out, err := exec.Command(shimPath, "detach", "--run-dir", s.dir).CombinedOutput()
+		return fmt.Sprint(string(out), err)
+	}
+	if out := detach(); !strings.Contains(out, "another xostor-heartbeat serves") {
+		t.Errorf("a shim runs: %s", out)
+	}
+	s.kill()
+	if out := detach(); !strings.Contains(out, fmt.Sprintf("process %d (", os.Getpid())) || !strings.Contains(out, s.path) {
+		t.Errorf("this process has it open: %s", out)
+	}
+	d.f.Close()
+	if out := detach(); out != s.path+" is detached\n<nil>" {
+		t.Errorf("nobody uses it: %s", out)
+	}
+	s.device = ""
+	eventually(t, "device free", func() bool {
+		_, err := os.Stat("/sys/block/" + filepath.Base(s.path) + "/pid")
+		return errors.Is(err, os.ErrNotExist)
+	})
+	s.start()
+	works(t, s.open(), 0, 2)
+}
+
+// testShimStopped: a shim that is stopped in order and started again, as at an update, leaves nothing in the kernel that only a
+// time-out would end. What xhad asks meanwhile waits for the next shim.
+func testShimStopped(t *testing.T) {
+	t.Parallel()
+	s := newShim(t, "")
+	d := s.open()
+	works(t, d, 0, 1)
+	for i := range 3 {
+		s.signal(syscall.SIGTERM)
+		if err := await(t, "end of the shim", s.end); err != nil {
+			t.Errorf("clean stop: %v: %s", err, s.log)
+		}
+		meanwhile := d.write(slot(1), byte(i))
+		s.start()
+		o := await(t, "write without a shim", meanwhile)
+		t.Logf("write without a shim: %v after %v", o.err, o.took)
+		if o.err != nil {
+			t.Errorf("write without a shim: %v\n%s", o.err, s.log)
+		}
+	}
+}
+
+// testShimShorterTimeout: a shim that takes a device over under a shorter HA time-out knows that the kernel still repeats requests
+// after the longer one.
+func testShimShorterTimeout(t *testing.T) {
+	t.Parallel()
+	s := newShim(t, "")
+	d := s.open()
+	works(t, d, 0, 1)
+	s.signal(syscall.SIGSTOP)
+	inFlight := d.write(0, 2)
+	eventually(t, "write reaches the socket", func() bool { return inflight(t, s.path) > 0 })
+	s.kill()
+	if err := os.WriteFile(filepath.Join(s.dir, "xhad.conf"), []byte(conf10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.start()
+	o := await(t, "write in flight", inFlight)
+	t.Logf("write to the global section, in flight at the kill: %v after %v", o.err, o.took)
+	if !errors.Is(o.err, syscall.EIO) {
+		t.Errorf("write to the global section, repeated by the kernel: %v", o.err)
+	}
+	works(t, d, 2, 3)
+	eventually(t, "global section is written again", func() bool { return await(t, "write", d.write(0, 4)).err == nil })
 }
