@@ -67,8 +67,10 @@ type View struct {
 	Held    bool
 	// LeftAt is when this host itself stopped to own; zero if it never did.
 	LeftAt time.Time
-	// Cut are the hosts to which this host has cut its DRBD link, and when.
-	Cut map[string]time.Time
+	// Cut are the hosts to which this host has cut its DRBD link, and when, and those to which it has tried to: a command that
+	// failed or took too long may have had its effect. Uncut are those of which it is not known.
+	Cut   map[string]time.Time
+	Uncut map[string]bool
 	// Barred is why this host must not own: a policy that loses writes, a second holder. "" if it may.
 	Barred string
 }
@@ -216,7 +218,7 @@ func evictable(now time.Time, t Timing, v View) string {
 	if target == v.Owner && !v.Heard.IsZero() {
 		since = v.Heard
 	}
-	if _, done := v.Cut[target]; done {
+	if _, done := v.Cut[target]; done && !v.Uncut[target] {
 		return ""
 	}
 	for _, p := range v.Peers {

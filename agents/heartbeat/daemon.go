@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -50,6 +52,9 @@ type Config struct {
 	Before time.Duration
 	// HangUp is called when Run is to end, while requests are still passed on: KernelSockets.HangUp. It may be nil.
 	HangUp func(limit time.Duration)
+	// CutMemo is a file that remembers to which hosts this one has cut its DRBD link: DRBD would leave the link down for ever if
+	// the process that cut it ended. "" for none.
+	CutMemo string
 	// Monitor marks a process that only watches and owns; its sessions do not replace those of the host's front.
 	Monitor bool
 	Log     *slog.Logger
@@ -102,7 +107,7 @@ func New(c Config) (*Daemon, error) {
 	d := &Daemon{c: c, front: newForwarder(c.Timing, c.Size, c.Statefile, c.Before), asked: map[string]*asking{}, learned: map[string]string{},
 		slots: make(chan struct{}, 16)}
 	now := time.Now()
-	d.view = View{Self: c.Host, LostAt: now, Cut: map[string]time.Time{}}
+	d.view = View{Self: c.Host, LostAt: now, Cut: map[string]time.Time{}, Uncut: map[string]bool{}}
 	if c.Resource != nil {
 		d.view.Barred = policyUnknown
 	}
@@ -115,7 +120,56 @@ func New(c Config) (*Daemon, error) {
 	if c.Open == nil {
 		d.view.Barred = neverOwns
 	}
+	if err := d.recallCuts(now); err != nil {
+		return nil, err
+	}
 	return d, nil
+}
+
+// recallCuts takes over what a process before has cut.
+func (d *Daemon) recallCuts(now time.Time) error {
+	if d.c.CutMemo == "" {
+		return nil
+	}
+	text, err := os.ReadFile(d.c.CutMemo)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read memo of cut links: %w", err)
+	}
+	for _, host := range strings.Fields(string(text)) {
+		if slices.ContainsFunc(d.view.Peers, func(p Peer) bool { return p.Host == host }) {
+			d.view.Cut[host] = now
+		}
+	}
+	return nil
+}
+
+// noteCut notes what became of a cut before and after it: at is zero when the link is restored.
+func (d *Daemon) noteCut(host string, at time.Time, known bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.view.Uncut, host)
+	if at.IsZero() {
+		delete(d.view.Cut, host)
+	} else {
+		d.view.Cut[host] = at
+		if !known {
+			d.view.Uncut[host] = true
+		}
+	}
+	if d.c.CutMemo == "" {
+		return
+	}
+	text := strings.Join(slices.Sorted(maps.Keys(d.view.Cut)), "\n") + "\n"
+	err := os.WriteFile(d.c.CutMemo+".new", []byte(text), 0o600)
+	if err == nil {
+		err = os.Rename(d.c.CutMemo+".new", d.c.CutMemo)
+	}
+	if err != nil {
+		d.c.Log.Error("cut link not remembered: a restart will not restore it", "host", host, "err", err)
+	}
 }
 
 // Local is the server for local clients: the kernel's sockets, or tools on a unix socket.
@@ -541,19 +595,13 @@ func (d *Daemon) decide(ctx context.Context) {
 	case step.Join != "" && steers:
 		d.c.Log.Info("restore drbd link", "host", step.Join, "reason", step.Why)
 		if d.steer(ctx, d.c.Resource.Join, step.Join) {
-			d.mu.Lock()
-			delete(d.view.Cut, step.Join)
-			d.mu.Unlock()
+			d.noteCut(step.Join, time.Time{}, true)
 		}
 	case step.Cut != "" && steers:
 		d.c.Log.Warn("cut drbd link", "host", step.Cut, "reason", step.Why)
-		d.mu.Lock()
-		d.view.Cut[step.Cut] = now
-		d.mu.Unlock()
-		if !d.steer(ctx, d.c.Resource.Cut, step.Cut) {
-			d.mu.Lock()
-			delete(d.view.Cut, step.Cut) // The majority may need this host's cut.
-			d.mu.Unlock()
+		d.noteCut(step.Cut, now, false)
+		if d.steer(ctx, d.c.Resource.Cut, step.Cut) {
+			d.noteCut(step.Cut, now, true)
 		}
 	case step.Open:
 		d.own(ctx, step.Why)

@@ -173,6 +173,9 @@ func parsePolicy(out []byte, name string) (Policy, error) {
 	return Policy{}, fmt.Errorf("drbd knows no resource %s", name)
 }
 
+// standAlone is the state of a connection that is not to be made.
+const standAlone = "StandAlone"
+
 func (r DRBDResource) peer(ctx context.Context, host, verb string, flags ...string) error {
 	st, err := r.status(ctx)
 	if err != nil {
@@ -180,6 +183,9 @@ func (r DRBDResource) peer(ctx context.Context, host, verb string, flags ...stri
 	}
 	for _, c := range st.Connections {
 		if c.Name == host {
+			if (c.State == standAlone) == (verb == "disconnect") {
+				return nil // It is so already: a command before was cut short, or somebody else was faster.
+			}
 			_, err := r.run(ctx, append([]string{verb, r.Name, fmt.Sprint(c.Node)}, flags...)...)
 			return err
 		}

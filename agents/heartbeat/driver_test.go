@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -329,4 +331,44 @@ func (s *slow) Write(p []byte, off int64) error {
 		<-s.answer
 	}
 	return s.scripted.Write(p, off)
+}
+
+// A link that was cut is restored although the command that cut it seemed to fail, and although the process that did it has ended.
+func TestCutIsNotForgotten(t *testing.T) {
+	t.Parallel()
+	c := testConfig("n2", []PeerAddress{{"n1", nil}, {"n2", nil}, {"n3", nil}}, func() (Device, error) { return nil, ErrHeld })
+	c.CutMemo = filepath.Join(t.TempDir(), "sf.cut")
+	first, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	first.noteCut("n1", now, false)
+	first.noteCut("n3", now, false)
+	first.noteCut("n3", now, true)
+	second, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second.view.Served, second.view.LostAt = true, time.Time{}
+	for _, host := range []string{"n1", "n3"} {
+		if join := rejoin(second.view); join != "" {
+			t.Errorf("%s is to be joined before it answers", join)
+		}
+		second.view.Note(time.Now().Add(time.Millisecond), host, NotOwner)
+		if join := rejoin(second.view); join != host {
+			t.Errorf("%q is to be joined, want %s", join, host)
+		}
+		second.noteCut(host, time.Time{}, true)
+	}
+	third, err := New(c)
+	if err != nil || len(third.view.Cut) != 0 {
+		t.Errorf("still cut: %v, %v", third.view.Cut, err)
+	}
+	if err := os.WriteFile(c.CutMemo, []byte("n9 n2\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if d, err := New(c); err != nil || len(d.view.Cut) != 0 {
+		t.Errorf("hosts of which none can be cut: %v, %v", d.view.Cut, err)
+	}
 }

@@ -309,6 +309,9 @@ func (s *settings) run(ctx context.Context) error {
 			return heartbeat.OpenDevice(s.disk, least)
 		}
 	}
+	if s.owner {
+		c.CutMemo = filepath.Join(s.runDir, s.name()+".cut")
+	}
 	lockMemory(log)
 	return s.serve(ctx, c, log)
 }
