@@ -44,6 +44,13 @@ func (v *View) Note(now time.Time, host string, a Answer) {
 	}
 }
 
+// See takes in whom DRBD shows as Primary.
+func (v *View) See(now time.Time, primary string) {
+	if v.Primary != primary {
+		v.Primary, v.PrimarySince = primary, now
+	}
+}
+
 // View is all that a candidate decides on.
 type View struct {
 	Self    string
@@ -59,8 +66,10 @@ type View struct {
 	Heard time.Time
 	// Successor is whom a leaving owner named.
 	Successor string
-	// Primary is the connected host that DRBD shows as Primary; "" when it shows none or was not asked.
-	Primary string
+	// Primary is the connected host that DRBD shows as Primary, "" when it shows none or was not asked, and PrimarySince when it
+	// was first seen to be: nobody is silent as the owner for longer than that.
+	Primary      string
+	PrimarySince time.Time
 	// Opening: an open is under way. Opened is when the last one returned; Held says that it found another owner (EROFS).
 	Opening bool
 	Opened  time.Time
@@ -214,9 +223,9 @@ func evictable(now time.Time, t Timing, v View) string {
 	if target == "" || target == v.Self || !v.Held {
 		return ""
 	}
-	since := v.LostAt
+	since := later(v.LostAt, v.PrimarySince)
 	if target == v.Owner && !v.Heard.IsZero() {
-		since = v.Heard
+		since = later(v.Heard, v.PrimarySince)
 	}
 	if _, done := v.Cut[target]; done && !v.Uncut[target] {
 		return ""

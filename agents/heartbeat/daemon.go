@@ -277,12 +277,13 @@ func (d *Daemon) ask(ctx context.Context) {
 	st, err := d.c.Resource.State(ctx)
 	d.mu.Lock()
 	if err != nil {
-		d.view.Primary, d.drbd, d.lastErr = "", nil, err.Error()
+		d.drbd, d.lastErr = nil, err.Error()
 		d.mu.Unlock()
 		return
 	}
 	d.drbd = &st
-	d.view.Primary, d.view.Diskful = st.Primary, st.Diskful
+	d.view.See(time.Now(), st.Primary)
+	d.view.Diskful = st.Diskful
 	for i := range d.view.Peers {
 		d.view.Peers[i].Diskful = st.Peers[d.view.Peers[i].Host] == DiskUpToDate
 	}
@@ -586,7 +587,11 @@ func (d *Daemon) decide(ctx context.Context) {
 		d.view.LostAt = outage
 	}
 	d.view.Owner, d.view.Heard = owner, heard
-	step := DecideCandidate(now, d.c.Timing, d.view)
+	view := d.view
+	if d.drbd == nil {
+		view.Primary = "" // DRBD does not answer; whom it showed last keeps its time.
+	}
+	step := DecideCandidate(now, d.c.Timing, view)
 	steers := d.c.Resource != nil && d.c.Open != nil
 	d.lastWhy = step.Why
 	d.passes++

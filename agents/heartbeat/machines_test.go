@@ -145,6 +145,10 @@ func TestDecideCandidate(t *testing.T) {
 			v.Owner, v.Heard, v.LostAt, v.LeftAt = "n2", ago(15*sec), ago(15*sec), now
 			v.Peers = peers(NotOwner, Silent, sec)
 		}), Step{Recheck: 3*sec + 300*time.Millisecond, Why: "the owner says that it is none"}},
+		{"a host that became Primary a moment ago is no frozen owner", base(func(v *View) {
+			v.Heard, v.LostAt, v.Opened, v.Held, v.Primary = ago(20*sec), ago(19*sec), ago(400*time.Millisecond), true, "n3"
+			v.Peers, v.PrimarySince = peers(Silent, Silent, 19*sec), ago(9*sec)
+		}), Step{Recheck: 600 * time.Millisecond, Why: "owner silent"}},
 		{"no eviction before its time", base(func(v *View) {
 			v.Heard, v.LostAt, v.Opened, v.Held, v.Primary = ago(9*sec), ago(8*sec), ago(400*time.Millisecond), true, "n1"
 		}),

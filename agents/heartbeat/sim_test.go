@@ -550,15 +550,16 @@ const recordClean = 1
 // --- candidate
 
 func (h *simHost) decide() {
-	v := h.view
 	_, outage := h.front.Outage()
-	v.Served = !outage || h.owner != nil
-	v.Primary = ""
+	primary := ""
 	for j, n := range h.s.drbd.nodes {
 		if n.primary && h.s.drbd.nodes[h.index].conn[j] {
-			v.Primary = h.s.hosts[j].name
+			primary = h.s.hosts[j].name
 		}
 	}
+	h.view.See(h.s.now, primary)
+	v := h.view
+	v.Served = !outage || h.owner != nil
 	step := DecideCandidate(h.s.now, h.s.t, v)
 	me := h.s.drbd.nodes[h.index]
 	switch {
