@@ -219,9 +219,9 @@ func nbdkit(t testing.TB, args ...string) string {
 }
 
 // nbdkitTCP starts nbdkit's file plugin.
-func nbdkitTCP(t testing.TB, port int, file string) {
+func nbdkitTCP(t testing.TB, port int, file string, options ...string) {
 	t.Helper()
-	startNbdkit(t, "tcp", fmt.Sprintf("127.0.0.1:%d", port), "-i", "127.0.0.1", "-p", strconv.Itoa(port), "file", file)
+	startNbdkit(t, "tcp", fmt.Sprintf("127.0.0.1:%d", port), append([]string{"-i", "127.0.0.1", "-p", strconv.Itoa(port), "file", file}, options...)...)
 }
 
 func startNbdkit(t testing.TB, network, addr string, args ...string) {
