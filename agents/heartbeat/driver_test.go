@@ -152,7 +152,7 @@ func runs(t *testing.T, c Config, l net.Listener) *Daemon {
 	return d
 }
 
-func listener(t *testing.T) net.Listener {
+func listener(t testing.TB) net.Listener {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -371,4 +371,45 @@ func TestCutIsNotForgotten(t *testing.T) {
 	if d, err := New(c); err != nil || len(d.view.Cut) != 0 {
 		t.Errorf("hosts of which none can be cut: %v, %v", d.view.Cut, err)
 	}
+}
+
+// BenchmarkAsk is what it costs both sides together when a host is asked and does not own: a connection, a mutual TLS handshake
+// and a refusal. AskAgain's pauses follow from it.
+func BenchmarkAsk(b *testing.B) {
+	secret := filepath.Join(b.TempDir(), "secret")
+	if err := os.WriteFile(secret, []byte("5f1a7d3e-aaaa/0b6e2c1d-bbbb/c0ffee00-cccc"), 0o600); err != nil {
+		b.Fatal(err)
+	}
+	l := listener(b)
+	peers := []PeerAddress{{"n1", []string{l.Addr().String()}}, {"n2", nil}}
+	daemon := func(host string) *Daemon {
+		c := testConfig(host, peers, nil)
+		id, err := LoadIdentity(host, secret)
+		if err != nil {
+			b.Fatal(err)
+		}
+		c.Identity = id
+		d, err := New(c)
+		if err != nil {
+			b.Fatal(err)
+		}
+		return d
+	}
+	n1, n2 := daemon("n1"), daemon("n2")
+	go func() { _ = n1.Remote().Serve(b.Context(), l) }()
+	var before, after unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &before); err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		n2.try(b.Context(), peers[0], true)
+	}
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &after); err != nil {
+		b.Fatal(err)
+	}
+	if said := n2.view.Peers[0].Answer; said != NotOwner {
+		b.Fatalf("answer %v, %s", said, n2.lastErr)
+	}
+	cpu := time.Duration(after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano())
+	b.ReportMetric(float64(cpu.Microseconds())/float64(b.N), "cpu-us/op")
 }
