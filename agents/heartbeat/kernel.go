@@ -31,6 +31,9 @@ func (k *KernelSockets) Session(conn net.Conn) nbd.Session {
 	s := &kernelSession{localSession: k.front.session(conn), sockets: k, conn: conn}
 	k.mu.Lock()
 	k.alive[s] = hangUp(conn)
+	if k.shut.Load() {
+		shutRead(conn)
+	}
 	k.mu.Unlock()
 	return s
 }
@@ -43,8 +46,8 @@ func (k *KernelSockets) HangUp(limit time.Duration) {
 	for s := range k.alive {
 		shutRead(s.conn)
 	}
+	k.shut.Store(true) // Sockets that come now are shut by Session.
 	k.mu.Unlock()
-	k.shut.Store(true)
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for end := time.Now().Add(limit); time.Now().Before(end); <-tick.C {

@@ -90,7 +90,7 @@ type kernelNBD struct {
 	path     string
 	memo     string // File that remembers the device over a restart.
 	takeover bool
-	before   time.Duration // The longest request time-out that the device has had.
+	before   time.Duration // The longest request time-out that the device has had; 0 unless it is taken over.
 	release  bool          // The device ends with the process: who started it attaches it anew each time, as SM does.
 	released atomic.Bool   // The kernel gets no more sockets of this process.
 	sockets  *heartbeat.KernelSockets

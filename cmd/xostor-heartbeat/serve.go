@@ -339,10 +339,7 @@ func (s *settings) serve(ctx context.Context, c heartbeat.Config, log *slog.Logg
 		return err
 	}
 	if k != nil {
-		c.HangUp = k.hangUp
-		if k.takeover {
-			c.Before = k.before
-		}
+		c.HangUp, c.Before = k.hangUp, k.before
 	}
 	d, err := heartbeat.New(c)
 	if err != nil {
