@@ -55,7 +55,7 @@ func TestDropProgramPages_TheProgramGoesOn(t *testing.T) {
 	}
 }
 
-func TestRelaxTimers_EveryThreadHasTheSlack(t *testing.T) {
+func TestRelaxTimers_TheFirstThreadHasTheSlack(t *testing.T) {
 	if os.Geteuid() != 0 {
 		const why = "the timer slack of other threads wants root"
 		if os.Getenv("XOSTOR_TEST_STRICT") == "1" {
