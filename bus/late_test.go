@@ -75,6 +75,7 @@ func TestClusterHistory_HasWhatWasPublishedWhileItHadNoLeader(t *testing.T) {
 	p.meshed(h...)
 	p.keeps("3 copies", h...)
 	keepsNew(t, p.conn(h[0]), p.conn(h[1]), "first")
+	p.copied(h...)
 	var ids []string
 	for i, victim := range h {
 		at := h[(i+1)%len(h)]
