@@ -9,6 +9,7 @@ import (
 
 	"github.com/xostor-agents/xostor-agents/agents"
 	"github.com/xostor-agents/xostor-agents/agents/internal/drbd"
+	"github.com/xostor-agents/xostor-agents/systemd"
 )
 
 // The verbs of this agent's actions.
@@ -101,19 +102,20 @@ const (
 
 // release decides whether this host must let go, and tells whether it does. Nothing else is done meanwhile.
 func (d *decider) release() bool {
-	why, polite := d.mustRelease()
+	why, how := d.mustRelease()
 	if why == "" {
 		return false
 	}
-	verb, args := VerbRelease, map[string]string(nil)
-	if polite {
-		verb = VerbYield
-		if d.handOver() {
-			args = map[string]string{"hand-over": "yes"}
-		}
+	verb, args := VerbYield, map[string]string(nil)
+	switch how {
+	case byForce:
+		verb = VerbRelease
+	case handingOver:
+		args = map[string]string{"hand-over": "yes"}
+	case politely:
 	}
 	d.add(verb, agents.RiskMove, args, why)
-	if polite && !d.s.Controller.Down() {
+	if how != byForce && !d.s.Controller.Down() {
 		d.RecheckIn(pollYield) // its end is a change of the unit, and wakes us
 	} else {
 		d.RecheckIn(pollRelease)
@@ -134,15 +136,24 @@ func (d *decider) release() bool {
 	return true
 }
 
-// mustRelease returns why this host must let go of the database, "" when it need not, and whether there is time to be polite.
-func (d *decider) mustRelease() (why string, polite bool) {
+// letGo is how a host lets go of the database.
+type letGo int
+
+const (
+	byForce     letGo = iota // without a quorum nothing that is written now lasts
+	politely                 // there is time for the controller to end by itself
+	handingOver              // politely, and not for a target: whoever is fit
+)
+
+// mustRelease returns why this host must let go of the database, "" when it need not, and how.
+func (d *decider) mustRelease() (why string, how letGo) {
 	s, r := d.s, d.s.Res
 	if !s.Known {
-		return "", false // a view that was never had proves nothing
+		return "", byForce // a view that was never had proves nothing
 	}
 	if r == nil {
 		// The resource is gone below a mounted filesystem or a running controller: only possible by force.
-		return "", false
+		return "", byForce
 	}
 	if !d.m.NoQuorum.IsZero() {
 		grace := s.Policy.SuspendGrace
@@ -151,38 +162,71 @@ func (d *decider) mustRelease() (why string, polite bool) {
 		}
 		if left := grace - d.now.Sub(d.m.NoQuorum); left > 0 {
 			d.RecheckIn(left)
-			return "", false
+			return "", byForce
 		}
-		return "primary without quorum", false
+		return "primary without quorum", byForce
 	}
 	if r.ForceIOFailure == drbd.Yes {
-		return "demoted by force while held", false
+		return "demoted by force while held", byForce
 	}
 	if r.Role == drbd.Secondary && (s.Mount.Known && !s.Mount.Clear() || s.UnitsKnown && s.Mount.Ours && s.Controller.Running()) {
 		if s.Mode == Guard && s.Target.Job != 0 {
 			d.RecheckIn(pollRelease) // the reactor's own chain is starting or stopping
-			return "", false
+			return "", byForce
 		}
-		return "secondary, but the database is still mounted", false
+		return "secondary, but the database is still mounted", byForce
 	}
 	if s.Mode != Owner || r.Role != drbd.Primary {
-		return "", false
+		return "", byForce
 	}
 	switch {
 	case s.Move != nil && s.Move.From == s.Self && s.Move.To != s.Self && s.Move.Age < s.Policy.MoveHold:
-		return "moving to " + s.Move.To, true
+		return "moving to " + s.Move.To, politely
 	case !d.m.Yielding.IsZero():
-		return "letting another host have it", true
-	case d.handOver():
-		return fmt.Sprintf("the controller failed here %d times", len(d.m.Failures)), true
+		return "letting another host have it", politely
 	}
-	return "", false
+	return d.handOver(), handingOver
 }
 
-// handOver tells whether another host should try: it failed too often here, and somebody alive has failed less.
-func (d *decider) handOver() bool {
-	lately := !d.m.HandOver.IsZero() && d.now.Sub(d.m.HandOver) < d.s.Policy.PenaltyMax
-	return !lately && len(d.m.Failures) >= d.s.Policy.MaxFailures && d.s.Controller.Down() && d.betterHost() != ""
+// handOver says why another host should try, "" when none should: the controller cannot run here, or it failed here too often, and somebody alive is fit and
+// has failed less. Hosts that are all wrong about themselves must not pass it round and round, so once is enough for a while.
+func (d *decider) handOver() string {
+	s := d.s
+	if !d.m.HandOver.IsZero() && d.now.Sub(d.m.HandOver) < s.Policy.PenaltyMax || !s.owns() || !s.UnitsKnown || !s.Mount.Known {
+		return ""
+	}
+	if s.Mount.Ours && s.Mount.ReadOnly {
+		return "the database's filesystem is read-only" // mounting it anew may help here too
+	}
+	if !s.Controller.Down() || d.betterHost() == "" {
+		return ""
+	}
+	if f := d.cannotRun(); f.Code != "" && len(s.Mount.Elsewhere) == 0 { // a device that is mounted elsewhere too cannot be demoted
+		return "the controller cannot run here: " + f.Text
+	}
+	if n := len(d.m.Failures); n >= s.Policy.MaxFailures {
+		return fmt.Sprintf("starting it failed here %d times", n)
+	}
+	return ""
+}
+
+// cannotRun says what on this host keeps the controller from running, whoever else could run it. No Code: nothing.
+func (d *decider) cannotRun() (f agents.Finding) {
+	s := d.s
+	missing := func(u systemd.Unit) bool { return u.Load == "not-found" || u.Load == "masked" }
+	switch {
+	case s.Mount.NotDir:
+		f.Code, f.Text, f.Fix = "mount-point-missing", s.Names.MountPoint+" is no directory", "ls -ld "+s.Names.MountPoint+"; mkdir -p "+s.Names.MountPoint
+	case s.Mount.Foreign:
+		f.Code, f.Text, f.Fix = "mount-point-taken", "something else is mounted on "+s.Names.MountPoint, "findmnt "+s.Names.MountPoint+"; unmount it"
+	case len(s.Mount.Elsewhere) > 0 && !s.Mount.Ours:
+		f.Code, f.Text, f.Fix = "device-mounted-elsewhere", "the database is mounted on "+strings.Join(s.Mount.Elsewhere, ", "), "unmount it there"
+	case missing(s.MountUnit) && !s.Mount.Ours:
+		f.Code, f.Text, f.Fix = "mount-unit-missing", s.Names.MountUnit+" is "+s.MountUnit.Load, "systemctl cat "+s.Names.MountUnit+"; systemctl unmask "+s.Names.MountUnit
+	case missing(s.Controller):
+		f.Code, f.Text, f.Fix = "controller-unit-missing", s.Names.Controller+" is "+s.Controller.Load, "systemctl cat "+s.Names.Controller+"; systemctl unmask "+s.Names.Controller
+	}
+	return f
 }
 
 // betterHost returns a living host that could own the database and has failed less often than this one.
@@ -217,38 +261,25 @@ func (d *decider) owner() {
 		return
 	}
 	if s.Mount.ReadOnly {
-		d.find("database-read-only", agents.Critical, "the database's filesystem has turned read-only after errors", "dmesg | grep EXT4; it is released and mounted again here or elsewhere")
-		if !d.m.HandOver.IsZero() && d.now.Sub(d.m.HandOver) < s.Policy.PenaltyMax {
-			return // mounting it again did not help
-		}
-		d.add(VerbYield, agents.RiskMove, map[string]string{"hand-over": "yes"}, "the database's filesystem is read-only")
-		d.RecheckIn(pollRelease)
-		return
+		return // it was let go of lately, and mounting it again did not help
 	}
 	d.supervise()
 }
 
 func (d *decider) mount() {
 	s := d.s
+	if len(d.m.Failures) >= 2 && d.m.Asked["mount"].N >= 2 {
+		d.find("mount-fails", agents.Critical, "the database does not mount here; all replicas have the same bytes, so another host helps only when the cause is this host", "systemctl status "+s.Names.MountUnit+"; journalctl -k | grep EXT4")
+	}
 	switch {
-	case s.Mount.NotDir:
-		d.find("mount-point-missing", agents.Critical, s.Names.MountPoint+" is no directory", "mkdir -p "+s.Names.MountPoint)
-	case s.Mount.Foreign:
-		d.find("mount-point-taken", agents.Critical, "something else is mounted on "+s.Names.MountPoint, "findmnt "+s.Names.MountPoint+"; unmount it")
-	case len(s.Mount.Elsewhere) > 0:
-		d.find("device-mounted-elsewhere", agents.Critical, "the database is mounted on "+strings.Join(s.Mount.Elsewhere, ", "), "unmount it there")
 	case s.Controller.Running():
 		// A controller without the mount would make a fresh, empty database on the root disk (linstor.md 4.2).
 		d.add(VerbSignal, agents.RiskMove, map[string]string{"signal": "KILL", "stop": "yes"}, "the controller runs without the database's filesystem")
 		d.RecheckIn(pollRelease)
 	case s.MountUnit.Job != 0 || s.MountUnit.Active == "activating":
 		d.RecheckIn(pollRelease)
-	case s.MountUnit.Load == "not-found" || s.MountUnit.Load == "masked":
-		d.find("mount-unit-missing", agents.Critical, s.Names.MountUnit+" is "+s.MountUnit.Load, "systemctl cat "+s.Names.MountUnit)
+	case d.cannotRun().Code != "": // findFacts tells
 	case d.due("mount", s.Policy.RetryUnit, time.Minute):
-		if a := d.m.Asked["mount"]; a.N >= 2 {
-			d.find("mount-fails", agents.Critical, "the database does not mount; all replicas have the same bytes, so moving it would not help", "systemctl status "+s.Names.MountUnit+"; journalctl -k | grep EXT4")
-		}
 		d.add(VerbMount, agents.RiskAdd, nil, "this host owns the database")
 		d.RecheckIn(pollRelease)
 	}
@@ -274,8 +305,6 @@ func (d *decider) supervise() {
 			"journalctl -u "+s.Names.Controller+"; xostor controller backups; xostor controller restore --plan")
 	}
 	switch {
-	case c.Load == "not-found" || c.Load == "masked":
-		d.find("controller-unit-missing", agents.Critical, s.Names.Controller+" is "+c.Load, "systemctl unmask "+s.Names.Controller)
 	case c.Active == "activating":
 		if since := d.m.Asked["start"].Last; !since.IsZero() && d.now.Sub(since) > s.Policy.StartTime && c.Sub != "auto-restart" {
 			d.add(VerbSignal, agents.RiskMove, map[string]string{"signal": "KILL"}, "the controller has been starting for too long")
@@ -283,6 +312,7 @@ func (d *decider) supervise() {
 		d.RecheckIn(time.Second)
 	case c.Active == "active":
 		d.hung()
+	case c.Down() && d.cannotRun().Code != "": // findFacts tells
 	case c.Down():
 		d.start()
 	default: // deactivating, or a job is pending
@@ -444,7 +474,7 @@ func (s *Snapshot) isolated(now time.Time) bool {
 
 func (d *decider) promote() {
 	s, r := d.s, d.s.Res
-	if r == nil || !s.Fresh || r.Role != drbd.Secondary || !s.quorumOn() {
+	if r == nil || !s.Known || !s.Fresh || r.Role != drbd.Secondary || !s.quorumOn() {
 		return
 	}
 	if !s.UnitsKnown || !s.Mount.Known {
@@ -471,13 +501,9 @@ func (d *decider) promote() {
 // unfit says why this host cannot take the database, or "".
 func (d *decider) unfit() string {
 	s := d.s
-	switch {
-	case s.Mount.Foreign, s.Mount.NotDir, len(s.Mount.Elsewhere) > 0:
-		d.find("mount-point-taken", agents.Warning, s.Names.MountPoint+" on this host cannot take the database", "findmnt "+s.Names.MountPoint+"; ls -ld "+s.Names.MountPoint)
-		return "mount point"
-	case s.Controller.Load == "not-found" || s.Controller.Load == "masked" || s.MountUnit.Load == "not-found" || s.MountUnit.Load == "masked":
-		d.find("controller-unit-missing", agents.Warning, "a unit is missing or masked here: "+s.Names.Controller+" "+s.Controller.Load+", "+s.Names.MountUnit+" "+s.MountUnit.Load, "systemctl unmask "+s.Names.Controller)
-		return "units"
+	switch f := d.cannotRun(); {
+	case f.Code != "":
+		return f.Text
 	case s.Move != nil && s.Move.To != s.Self && s.Move.Age < s.Policy.MoveHold:
 		d.RecheckIn(s.Policy.MoveHold - s.Move.Age)
 		return "held for " + s.Move.To
@@ -686,6 +712,16 @@ func (d *decider) findFacts() {
 	}
 	if s.Res == nil {
 		return
+	}
+	if f := d.cannotRun(); f.Code != "" && s.Mode == Owner && s.UnitsKnown && s.Mount.Known {
+		sev := agents.Warning
+		if s.owns() {
+			sev = agents.Critical
+		}
+		d.find(f.Code, sev, f.Text, f.Fix)
+	}
+	if s.Mode == Owner && s.owns() && s.Mount.Ours && s.Mount.ReadOnly {
+		d.find("database-read-only", agents.Critical, "the database's filesystem has turned read-only after errors", "dmesg | grep EXT4; it is released and mounted again here or elsewhere")
 	}
 	if s.Mode == Observe {
 		d.findSettled("mode-unknown", agents.Warning, "nobody is promoted by this agent: "+s.ModeWhy, "start xostor-failover on every host of the pool, or set agents.failover.mode")

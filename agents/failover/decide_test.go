@@ -101,6 +101,9 @@ func TestDecide(t *testing.T) {
 		s.Peers[0].Says.Owner, s.Peers[0].Says.Role = true, "Primary"
 		s.Peers[1].Says.Silent = []string{"h1"}
 	}
+	unmounted := func(s *S) {
+		s.Mount.Ours, s.MountUnit.Active, s.Controller.Active, s.Controller.MainPID = false, "inactive", "inactive", 0
+	}
 	mayPromote := func(s *S, since time.Duration) { s.Memory.MayPromote = ago(since) }
 	tests := []struct {
 		name    string
@@ -144,7 +147,7 @@ func TestDecide(t *testing.T) {
 		{"quorum off: refused", idle, func(s *S) { mayPromote(s, time.Hour); s.Options.Quorum = "off" }, "", "quorum-off"},
 		{"stale view promotes nothing", idle, func(s *S) { mayPromote(s, time.Hour); s.Fresh = false }, "", "drbd-events-lost"},
 		{"mount point taken", idle, func(s *S) { mayPromote(s, time.Hour); s.Mount.Foreign = true }, "", "mount-point-taken"},
-		{"mount point is no directory", idle, func(s *S) { mayPromote(s, time.Hour); s.Mount.NotDir = true }, "", "mount-point-taken"},
+		{"mount point is no directory", idle, func(s *S) { mayPromote(s, time.Hour); s.Mount.NotDir = true }, "", "mount-point-missing"},
 		{"unit missing", idle, func(s *S) { mayPromote(s, time.Hour); s.Controller.Load = "not-found" }, "", "controller-unit-missing"},
 		{"held for the target of a move", idle, func(s *S) {
 			mayPromote(s, time.Hour)
@@ -167,7 +170,37 @@ func TestDecide(t *testing.T) {
 
 		{"owner not mounted: mount", owning, func(s *S) { s.Mount.Ours = false; s.MountUnit.Active = "inactive"; s.Controller.Active = "inactive" }, "start-mount", ""},
 		{"controller without the mount: killed", owning, func(s *S) { s.Mount.Ours = false }, "signal-controller signal=KILL", ""},
-		{"something else is mounted there", owning, func(s *S) { s.Mount.Ours, s.Mount.Foreign = false, true; s.Controller.Active = "inactive" }, "", "mount-point-taken"},
+		{"something else is mounted there: another host", owning, func(s *S) { unmounted(s); s.Mount.Foreign = true }, "yield hand-over=yes", "mount-point-taken"},
+		{"mount unit gone just before the promotion: another host", owning, func(s *S) { unmounted(s); s.MountUnit.Load = "not-found" }, "yield hand-over=yes", "mount-unit-missing"},
+		{"mount unit gone, and nobody else is fit: stay", owning, func(s *S) {
+			unmounted(s)
+			s.MountUnit.Load, s.Peers[0].Says.Usable, s.Peers[1].Says.Usable = "masked", false, false
+		}, "", "mount-unit-missing"},
+		{"mount unit gone, handed over a minute ago: stay", owning, func(s *S) {
+			unmounted(s)
+			s.MountUnit.Load, s.Memory.HandOver = "not-found", ago(time.Minute)
+		}, "", "mount-unit-missing"},
+		{"mount unit gone while the database is mounted: no harm yet", owning, func(s *S) { s.MountUnit.Load = "not-found" }, "", ""},
+		{"controller's unit gone: another host", owning, func(s *S) { s.Controller = systemd.Unit{Load: "masked", Active: "inactive"} }, "yield hand-over=yes", "controller-unit-missing"},
+		{"controller's unit gone while it runs: watched on", owning, func(s *S) {
+			s.Controller.Load = "not-found"
+			s.Health.Internal.Fails = 3
+		}, "signal-controller signal=QUIT", "controller-unit-missing"},
+		{"mounted elsewhere: nobody can have it", owning, func(s *S) { unmounted(s); s.Mount.Elsewhere = []string{"/mnt"} }, "", "device-mounted-elsewhere"},
+		{"mounted there and elsewhere: start", owning, func(s *S) {
+			s.Controller.Active, s.Controller.MainPID, s.Mount.Elsewhere = "inactive", 0, []string{"/mnt"}
+		}, "start-controller", ""},
+		{"guard leaves a missing unit to the reactor", owning, func(s *S) { unmounted(s); s.Mode, s.MountUnit.Load = failover.Guard, "not-found" }, "", ""},
+		{"mounting failed three times: another host", owning, func(s *S) {
+			unmounted(s)
+			s.MountUnit.Active, s.Memory.Failures = "failed", []time.Time{ago(10 * time.Second), ago(6 * time.Second), now}
+		}, "yield hand-over=yes", ""},
+		{"mounting fails everywhere: stay and try", owning, func(s *S) {
+			unmounted(s)
+			s.MountUnit.Active, s.Memory.Failures = "failed", []time.Time{ago(10 * time.Second), ago(6 * time.Second), now}
+			s.Memory.Asked = map[string]failover.Attempt{"mount": {Last: ago(time.Minute), N: 3}}
+			s.Peers[0].Says.Failures, s.Peers[1].Says.Failures = 3, 3
+		}, "start-mount", "mount-fails"},
 		{"mounted read-only: let go", owning, func(s *S) { s.Mount.ReadOnly = true }, "yield hand-over=yes", "database-read-only"},
 		{"mounted, controller down: start", owning, func(s *S) { s.Controller.Active, s.Controller.MainPID = "inactive", 0 }, "start-controller", ""},
 		{"first failure: restart at once", owning, func(s *S) {
@@ -320,6 +353,8 @@ func drawSnapshot(t *rapid.T) failover.Snapshot {
 		s.Res = nil
 	}
 	s.Mount = failover.Mount{Known: rapid.Bool().Draw(t, "mount known"), Ours: rapid.Bool().Draw(t, "ours"), ReadOnly: rapid.Bool().Draw(t, "ro")}
+	load := rapid.SampledFrom([]string{"loaded", "loaded", "not-found", "masked"})
+	s.Controller.Load, s.MountUnit.Load = load.Draw(t, "ctl load"), load.Draw(t, "mu load")
 	s.Controller.Active, s.MountUnit.Active, s.Target.Active = active.Draw(t, "ctl"), active.Draw(t, "mu"), active.Draw(t, "target")
 	for i := range s.Peers {
 		p := &s.Peers[i]
@@ -355,6 +390,12 @@ func TestDecide_Properties(t *testing.T) {
 			t.Fatalf("promotes without mode, view, quorum or role: %+v", s)
 		case has(failover.VerbStart) && (!owns || !s.Mount.Ours || s.Mount.ReadOnly && s.Mode == failover.Owner || !s.UnitsKnown):
 			t.Fatalf("starts a controller without ownership, mount or units: %+v", s)
+		case has(failover.VerbStart) && s.Controller.Load != "loaded", has(failover.VerbMount) && s.MountUnit.Load != "loaded":
+			t.Fatal("starts a unit that is not there")
+		case has(failover.VerbPromote) && (s.Controller.Load != "loaded" || s.MountUnit.Load != "loaded"):
+			t.Fatal("promotes where the controller cannot run")
+		case has(failover.VerbYield) && s.Move == nil && s.Memory.Yielding.IsZero() && s.Controller.Active == "active" && !s.Mount.ReadOnly:
+			t.Fatal("takes a running controller from its host")
 		case has(failover.VerbMount) && (!owns || s.Mode != failover.Owner):
 			t.Fatal("mounts without ownership, or in another mode")
 		case has(failover.VerbRelease) && owns && s.Memory.NoQuorum.IsZero():

@@ -367,3 +367,56 @@ func TestScenario_QuorumOff(t *testing.T) {
 		}
 	}
 }
+
+// The host that promotes cannot mount: its unit's file went a moment before, which its agent has not seen, or every mount fails. Another host has the
+// controller soon; when no host can mount, they try on without passing it round and round, and one has it when the cause is gone.
+func TestScenario_OwnerCannotMount(t *testing.T) {
+	tests := []struct {
+		name string
+		bend func(h *host)
+	}{
+		{"unit gone", func(h *host) { h.unitGone = true }},
+		{"mounts fail", func(h *host) { h.mountFails = 1 << 30 }},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			w := scripted(t, 3, "io-error")
+			o := w.bootAll(t)
+			unfit := w.hosts[(o.node.ID+1)%3]
+			tt.bend(unfit)
+			o.table.Order(w.clock.Now(), failover.Move{ID: "m", From: o.node.Name, To: unfit.node.Name})
+			o.proc.wake()
+			w.want(t, 10*time.Second, "the unfit host promotes", unfit.node.IsPrimary)
+			w.want(t, 30*time.Second, "another host runs the controller", func() bool { n := w.owner(); return n != nil && n != unfit })
+		})
+		t.Run(tt.name+" everywhere", func(t *testing.T) {
+			w := scripted(t, 3, "io-error")
+			o := w.bootAll(t)
+			for _, h := range w.hosts {
+				tt.bend(h)
+			}
+			for _, h := range w.hosts {
+				w.cl.Cut(o.node, h.node, h != o)
+			}
+			w.clock.Run(2 * time.Minute)
+			if w.owner() != nil {
+				t.Error("a controller without its database")
+			}
+			moves := 0
+			for _, line := range w.log {
+				if strings.Contains(line, " yield map[hand-over:yes]") {
+					moves++
+				}
+			}
+			if moves > 3 {
+				t.Errorf("%d hand-overs among three hosts in two minutes", moves)
+			}
+			for _, h := range w.hosts {
+				w.cl.Cut(o.node, h.node, false)
+				h.unitGone, h.unitGoneSeen, h.mountFails = false, false, 0
+				h.changed()
+			}
+			w.want(t, 2*time.Minute, "a controller when the cause is gone", func() bool { return w.owner() != nil && w.connected() })
+		})
+	}
+}

@@ -171,7 +171,7 @@ func (w *world) fault() {
 		}
 	}
 	name := h.node.Name
-	switch w.rng.IntN(15) {
+	switch w.rng.IntN(17) {
 	case 0:
 		if h.node.Alive() {
 			h.down()
@@ -248,6 +248,13 @@ func (w *world) fault() {
 				}
 			})
 		}
+	case 15:
+		w.note("fault: the mount unit of %s is gone for %s", name, length)
+		h.dropUnit(true)
+		w.clock.After(length, func() { w.note("the mount unit of %s is back", name); h.dropUnit(false) })
+	case 16:
+		h.mountFails = 1 + w.rng.IntN(5)
+		w.note("fault: the next %d mounts on %s fail", h.mountFails, name)
 	case 13:
 		o := w.hosts[w.rng.IntN(len(w.hosts))]
 		if h.proc != nil && w.owner() != nil {
@@ -263,7 +270,11 @@ func (w *world) heal() {
 	w.clock.Run(45 * time.Second) // the longest fault undoes itself
 	w.note("all faults are over")
 	for _, h := range w.hosts {
-		h.startFails = 0
+		h.startFails, h.mountFails = 0, 0
+		if h.unitGone || h.unitGoneSeen {
+			h.unitGone, h.unitGoneSeen = false, false
+			h.changed()
+		}
 		if h.proc == nil && h.node.Alive() {
 			h.startAgent()
 		}

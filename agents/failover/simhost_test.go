@@ -49,6 +49,9 @@ type host struct {
 	sick              string
 	sickSince         time.Time
 	startFails        int
+	mountFails        int
+	unitGone          bool // the mount unit has no file
+	unitGoneSeen      bool // and the agent's systemd client knows
 	pids              int
 
 	agent   *failover.Agent
@@ -417,6 +420,9 @@ func (u simUnits) State(_ context.Context, name string) (systemd.Unit, error) {
 	if k.job {
 		out.Job = 1
 	}
+	if k == &u.h.mountUnit && u.h.unitGoneSeen {
+		out.Load = "not-found"
+	}
 	return out, nil
 }
 
@@ -424,6 +430,9 @@ func (u simUnits) Start(_ context.Context, name string) error {
 	switch k := u.pick(name); {
 	case name == failover.DefaultNames().Controller:
 		u.h.startController()
+	case name == failover.DefaultNames().MountUnit && u.h.unitGone:
+		u.h.unitGoneSeen = true
+		return errors.New("unit not found")
 	case name == failover.DefaultNames().MountUnit && k.active != "active":
 		u.h.startMount()
 	case k == &u.h.target:
@@ -579,7 +588,9 @@ func (h *host) startMount() {
 			return
 		}
 		if !h.mounted {
-			if err := h.node.Open("mount"); err != nil {
+			failed := h.mountFails > 0
+			h.mountFails = max(h.mountFails-1, 0)
+			if failed || h.node.Open("mount") != nil {
 				k.active, k.since = "failed", h.w.clock.Now()
 				h.changed()
 				return
@@ -588,6 +599,15 @@ func (h *host) startMount() {
 		}
 		k.active = "active"
 		h.w.note("%s: mounted", h.node.Name)
+		h.changed()
+	})
+}
+
+// dropUnit takes the mount unit's file away, or puts it back. The agent hears of it later.
+func (h *host) dropUnit(gone bool) {
+	h.unitGone = gone
+	h.later(h.w.between(10*time.Millisecond, 2*time.Second), func() {
+		h.unitGoneSeen = h.unitGone
 		h.changed()
 	})
 }

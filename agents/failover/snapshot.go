@@ -119,7 +119,7 @@ type Beat struct {
 	NodeID   int      `json:"node_id"`
 	JVM      JVM      `json:"jvm"`
 	Mounted  bool     `json:"mounted"`
-	Failures int      `json:"failures"` // starts or runs of the JVM that failed lately
+	Failures int      `json:"failures"` // mounts of the database, and starts or runs of the JVM, that failed lately
 	Reactor  bool     `json:"reactor"`  // has a promoter for the resource
 	Silent   []string `json:"silent"`   // whom it has not heard for SuspectAfter, by name
 	Move     *Move    `json:"move,omitempty"`
@@ -157,8 +157,9 @@ type Memory struct {
 	Up         time.Time // the controller has been active since
 	Stopping   time.Time // it has been deactivating since
 	Asked      map[string]Attempt
-	Failures   []time.Time // of the controller on this host
-	Counted    string      // the last failure that was counted, to count each once
+	Failures   []time.Time // of the controller, or of the mount below it, on this host
+	Counted    string      // the last failure of the controller that was counted, to count each once
+	CountedFS  string      // and of the mount
 	MoveDone   string      // the last order to move whose target became owner
 	HandOver   time.Time   // gave the controller away because it failed here
 	Attached   bool        // the local disk was attached at some time: if it is not now, it failed
@@ -292,6 +293,7 @@ func remember(now time.Time, m Memory, s *Snapshot) Memory {
 		since(&m.Up, s.Controller.Active == "active")
 		since(&m.Stopping, s.Controller.Active == "deactivating")
 		m.countFailure(now, s)
+		m.countMount(now, s)
 		if s.Controller.Active == "active" {
 			m.StartedJVM = true
 		} else if s.Controller.Down() {
@@ -335,6 +337,19 @@ func (m *Memory) countFailure(now time.Time, s *Snapshot) {
 	m.StartedJVM = false
 	// Only a fall while we own counts: the rest is a release, a move, or history from before this agent.
 	if s.owns() && m.Releasing.IsZero() && m.Yielding.IsZero() {
+		m.Failures = append(slices.Clone(m.Failures), now)
+	}
+}
+
+// countMount notes that the database could not be mounted, each time once: the cause may be this host, so it counts as the controller's failures do.
+func (m *Memory) countMount(now time.Time, s *Snapshot) {
+	u := &s.MountUnit
+	id := u.InactiveSince.UTC().Format(time.RFC3339Nano)
+	if u.Active != "failed" || u.InactiveSince.IsZero() || id == m.CountedFS {
+		return
+	}
+	m.CountedFS = id
+	if s.owns() && m.Releasing.IsZero() && m.Yielding.IsZero() && m.Asked["mount"].N > 0 {
 		m.Failures = append(slices.Clone(m.Failures), now)
 	}
 }

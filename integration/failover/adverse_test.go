@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -201,14 +202,14 @@ func TestFailover_UnfitHost(t *testing.T) {
 		name, finding string
 		bend, mend    func(t *testing.T, h *realpool.Host)
 	}{
-		{"unit missing", "controller-unit-missing", func(t *testing.T, h *realpool.Host) {
+		{"unit missing", "mount-unit-missing", func(t *testing.T, h *realpool.Host) {
 			must(t, os.Rename(filepath.Join(h.Dir, "units", realpool.MountUnit), filepath.Join(h.Dir, "unit")))
 			inside(t, h, "systemctl", "daemon-reload")
 		}, func(t *testing.T, h *realpool.Host) {
 			must(t, os.Rename(filepath.Join(h.Dir, "unit"), filepath.Join(h.Dir, "units", realpool.MountUnit)))
 			inside(t, h, "systemctl", "daemon-reload")
 		}},
-		{"mount point is no directory", "mount-point-taken", func(t *testing.T, h *realpool.Host) {
+		{"mount point is no directory", "mount-point-missing", func(t *testing.T, h *realpool.Host) {
 			if h.Mounted() {
 				t.Fatal("the database is mounted on a host that does not own it")
 			}
@@ -247,6 +248,36 @@ func TestFailover_UnfitHost(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A host on which the database does not mount, which nobody can know before it tries, hands it to one on which it does.
+func TestFailover_MountFailsOnOneHost(t *testing.T) {
+	p := newPool(t, "io-error")
+	o := p.Settled()
+	p.Until(patience, "all hosts are connected", p.Connected)
+	unfit, other := p.Others(o)[0], p.Others(o)[1] // by name: the first is first
+	unit := filepath.Join(unfit.Dir, "units", realpool.MountUnit)
+	good, err := os.ReadFile(unit)
+	must(t, err)
+	bad := regexp.MustCompile(`(?m)^ExecStart=.*$`).ReplaceAll(good, []byte("ExecStart=/bin/false"))
+	if bytes.Equal(bad, good) {
+		t.Fatalf("no ExecStart in %s", good)
+	}
+	must(t, os.WriteFile(unit, bad, 0o600))
+	inside(t, unfit, "systemctl", "daemon-reload")
+	p.Cut(o, true)
+	p.Until(patience, "the host on which it mounts runs the controller", func() bool { return p.Owner() == other })
+	log, err := os.ReadFile(filepath.Join(unfit.Dir, "agent.log"))
+	must(t, err)
+	for _, want := range []string{"finding=mount-fails", "starting it failed here 3 times"} {
+		if !bytes.Contains(log, []byte(want)) {
+			t.Errorf("the host on which it does not mount did not say %q", want)
+		}
+	}
+	must(t, os.WriteFile(unit, good, 0o600))
+	inside(t, unfit, "systemctl", "daemon-reload")
+	p.Cut(o, false)
+	p.Until(patience, "all hosts are connected", p.Connected)
 }
 
 // drbd-utils are gone or say that the kernel module is. The agent says so and touches nothing; the controller runs on, and all is well when they are back.
