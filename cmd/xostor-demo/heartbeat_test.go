@@ -4,10 +4,11 @@ import (
 	"bytes"
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/xostor-agents/xostor-agents/integration/lab"
 )
 
 // The scene is played with the real program, and every step comes true; nothing of it is left behind.
@@ -18,10 +19,8 @@ func TestHeartbeatScene(t *testing.T) {
 	if err := heartbeatScene(t.Context(), o, newTimeline(&out, false)); !errors.Is(err, errCannot) || !strings.Contains(err.Error(), "make build") {
 		t.Errorf("without the program: %v", err)
 	}
-	build := exec.Command("go", "build", "-o", dir, "github.com/xostor-agents/xostor-agents/cmd/xostor-heartbeat")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if text, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, text)
+	if err := lab.Build(dir+"/", "github.com/xostor-agents/xostor-agents/cmd/xostor-heartbeat"); err != nil {
+		t.Fatal(err)
 	}
 	t.Setenv("TMPDIR", t.TempDir())
 	if err := heartbeatScene(t.Context(), o, newTimeline(&out, false)); err != nil {

@@ -38,8 +38,8 @@ func run(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	xostor = filepath.Join(dir, "xostor")
-	if out, err := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", xostor, "../../cmd/xostor").CombinedOutput(); err != nil {
-		fmt.Fprintf(os.Stderr, "build xostor: %v\n%s", err, out)
+	if err := lab.Build(xostor, "../../cmd/xostor"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	return m.Run()

@@ -49,9 +49,8 @@ func run(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	xostor, demo = filepath.Join(dir, "xostor"), filepath.Join(dir, "xostor-demo")
-	build := exec.Command("go", "build", "-o", dir, "../../cmd/xostor", "../../cmd/xostor-demo")
-	if out, err := build.CombinedOutput(); err != nil {
-		fmt.Fprintf(os.Stderr, "build xostor: %v\n%s", err, out)
+	if err := lab.Build(dir, "../../cmd/xostor", "../../cmd/xostor-demo"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	return m.Run()

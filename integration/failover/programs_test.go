@@ -16,6 +16,7 @@ import (
 	"github.com/xostor-agents/xostor-agents/agents"
 	"github.com/xostor-agents/xostor-agents/agents/failover"
 	"github.com/xostor-agents/xostor-agents/integration/failover/realpool"
+	"github.com/xostor-agents/xostor-agents/integration/lab"
 )
 
 // TestMain is also the programs that run on the hosts.
@@ -68,18 +69,11 @@ func newPoolWith(tb testing.TB, onNoQuorum string, agent func(*realpool.Host) (*
 	if _, ok := tb.(*testing.B); ok {
 		// A small program starts as fast as drbd-utils does; the test binary takes milliseconds more.
 		o.Face = filepath.Join(tb.TempDir(), "face")
-		if out, err := smallBuild(o.Face, "github.com/xostor-agents/xostor-agents/integration/lab/drbdsim/drbdsetup").CombinedOutput(); err != nil {
-			tb.Fatalf("build the face: %v\n%s", err, out)
+		if err := lab.Build(o.Face, "github.com/xostor-agents/xostor-agents/integration/lab/drbdsim/drbdsetup"); err != nil {
+			tb.Fatal(err)
 		}
 	}
 	return realpool.New(tb, o)
-}
-
-// smallBuild builds a program that starts fast: without cgo and its dynamic linker.
-func smallBuild(to, pkg string) *exec.Cmd {
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", to, pkg)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	return cmd
 }
 
 func must(tb testing.TB, err error) {

@@ -14,6 +14,7 @@ import (
 	"github.com/xostor-agents/xostor-agents/agents"
 	"github.com/xostor-agents/xostor-agents/agents/failover"
 	"github.com/xostor-agents/xostor-agents/integration/failover/realpool"
+	"github.com/xostor-agents/xostor-agents/integration/lab"
 	"github.com/xostor-agents/xostor-agents/systemd"
 )
 
@@ -25,8 +26,8 @@ func newShippedPool(t testing.TB) *realpool.Pool {
 	t.Helper()
 	needPool(t)
 	dir := t.TempDir()
-	if out, err := smallBuild(filepath.Join(dir, "xostor"), "../../cmd/xostor").CombinedOutput(); err != nil {
-		t.Fatalf("build xostor: %v\n%s", err, out)
+	if err := lab.Build(filepath.Join(dir, "xostor"), "../../cmd/xostor"); err != nil {
+		t.Fatal(err)
 	}
 	return realpool.New(t, realpool.Options{Xostor: filepath.Join(dir, "xostor"), ProbeEvery: 300 * time.Millisecond})
 }

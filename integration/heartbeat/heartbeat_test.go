@@ -20,6 +20,7 @@ import (
 	"github.com/xostor-agents/xostor-agents/agents/heartbeat/statefile"
 	"github.com/xostor-agents/xostor-agents/bus/poolcert"
 	"github.com/xostor-agents/xostor-agents/integration/heartbeat/realpool"
+	"github.com/xostor-agents/xostor-agents/integration/lab"
 )
 
 // patience is how long a condition is waited for; on a quiet machine all take seconds.
@@ -41,11 +42,7 @@ func build(t testing.TB) string {
 			return
 		}
 		built.path = filepath.Join(dir, "xostor-heartbeat")
-		cmd := exec.Command("go", "build", "-o", built.path, "github.com/xostor-agents/xostor-agents/cmd/xostor-heartbeat")
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			built.err = fmt.Errorf("%w: %s", err, out)
-		}
+		built.err = lab.Build(built.path, "github.com/xostor-agents/xostor-agents/cmd/xostor-heartbeat")
 	})
 	if built.err != nil {
 		t.Fatal(built.err)
