@@ -9,11 +9,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/xostor-agents/xostor-agents/bus"
+	"github.com/xostor-agents/xostor-agents/bus/bustest"
 )
 
 type stamped struct {
@@ -66,62 +66,10 @@ func BenchmarkPublishToMirror(b *testing.B) {
 	}
 }
 
-// BenchmarkFanOut publishes 20,000 changes a second to six mirrors, each on a connection of its own. lists counts how
-// often a mirror lost something and had to list again.
+// BenchmarkFanOut has the bus and all its clients in one process, without history.
 func BenchmarkFanOut(b *testing.B) {
-	const mirrors, rate, burst = 6, 20000, 200
 	_, o := startBus(b, nil)
-	table, err := bus.NewTable[stamped](dial(b, o, "feed"), bus.XAPITable("vm"), bus.TableOptions{})
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer table.Close()
-	if _, err := table.Replace(nil); err != nil {
-		b.Fatal(err)
-	}
-	lists := atomic.Int64{}
-	stop, err := dial(b, o, "counter").Subscribe(func(*bus.Message) { lists.Add(1) }, "xostor.v1.table.*.*.list.>", "xostor.v1.table.*.*.list")
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer stop()
-	var all []*bus.Mirror[struct{}]
-	for range mirrors {
-		m, err := bus.NewMirror(dial(b, o, "agent"), bus.XAPITable("vm"), bus.MirrorOptions[struct{}]{
-			Project: func(string, json.RawMessage) (struct{}, bool, error) { return struct{}{}, true, nil },
-		})
-		if err != nil {
-			b.Fatal(err)
-		}
-		defer m.Close()
-		if err := m.WaitFresh(b.Context()); err != nil {
-			b.Fatal(err)
-		}
-		all = append(all, m)
-	}
-	first := lists.Load()
-	pad := strings.Repeat("x", 200)
-	began, sent := time.Now(), int64(0)
-	for b.Loop() { // One operation is one burst. A late one is made up for.
-		<-time.After(time.Until(began.Add(time.Duration(sent) * time.Second / rate)))
-		for range burst {
-			sent++
-			if _, err := table.Put(strconv.FormatInt(sent%1000, 10), stamped{sent, pad}); err != nil {
-				b.Fatal(err)
-			}
-		}
-	}
-	published := time.Since(began)
-	_, seq := table.At()
-	for _, m := range all {
-		for m.Freshness().Seq < seq {
-			<-m.Changed()
-		}
-	}
-	b.ReportMetric(float64(sent)/published.Seconds(), "published/s")
-	b.ReportMetric(float64(sent*mirrors)/time.Since(began).Seconds(), "delivered/s")
-	b.ReportMetric(float64(time.Since(began)-published)/1e6, "last-mirror-ms-behind")
-	b.ReportMetric(float64(lists.Load()-first), "lists")
+	bustest.FanOut(b, func(name string) *bus.Conn { return dial(b, o, name) })
 }
 
 // pool64 has the number and size of the objects of a pool of 64 hosts, as measured on synthetic XAPI records.

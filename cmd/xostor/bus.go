@@ -66,6 +66,7 @@ func runBus(ctx context.Context, c *call) (err error) {
 		c.log.Warn("tell systemd", agents.KeyErr, err)
 	}
 	feeds.Go(func() { stayLean(ctx, c.log.Debug) })
+	feeds.Go(func() { followLoad(ctx) })
 	feedWatchdog(ctx, c, conn)
 	_ = systemd.Stopping() // systemd sees the exit anyway
 	c.log.Info("bus stopped")

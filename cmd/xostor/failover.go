@@ -96,7 +96,8 @@ func runFailover(ctx context.Context, c *call) error {
 	defer reportOnBus(c, &o)()
 	var tasks tasks
 	defer tasks.end()
-	tasks.run(ctx, func(ctx context.Context) { giveBackPages(ctx, c.log.Debug) })
+	processors(2) // a thread in a slow system call must not hold up a release
+	tasks.run(ctx, func(ctx context.Context) { giveBackPages(ctx, leanSeldom, c.log.Debug) })
 	tasks.run(ctx, func(ctx context.Context) { followSecret(ctx, c, s.UseKey) })
 	tasks.run(ctx, func(ctx context.Context) { followAddresses(ctx, c, o.Host, s.SetAddresses) })
 	c.log.Info("agent started", agents.KeyAgent, failover.Name, agents.KeyHost, cfg.Self, "mode", conf.Mode)

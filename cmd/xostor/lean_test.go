@@ -1,12 +1,16 @@
 package main
 
 import (
+	"context"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 )
 
 const someMaps = `00400000-00b12000 r-xp 00000000 fe:00 1234                               /usr/bin/xostor
@@ -52,6 +56,29 @@ func TestDropProgramPages_TheProgramGoesOn(t *testing.T) {
 	}
 	if !strings.Contains(someMaps, "vdso") {
 		t.Error("data of the program changed")
+	}
+}
+
+func TestFollowLoad_TwoProcessorsWhileThereIsWork(t *testing.T) {
+	t.Setenv("GOMAXPROCS", "")
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	ctx, cancel := context.WithCancel(t.Context())
+	var all sync.WaitGroup
+	all.Go(func() { followLoad(ctx) })
+	all.Go(func() {
+		for ctx.Err() == nil { // Work.
+		}
+	})
+	defer all.Wait()
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.After(time.Minute); runtime.GOMAXPROCS(0) != min(2, runtime.NumCPU()); {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatal("a busy process still has one processor after a minute")
+		}
 	}
 }
 

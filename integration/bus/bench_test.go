@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/xostor-agents/xostor-agents/bus"
+	"github.com/xostor-agents/xostor-agents/bus/bustest"
 	"github.com/xostor-agents/xostor-agents/bus/subject"
 	"github.com/xostor-agents/xostor-agents/integration/lab"
 )
@@ -88,6 +89,20 @@ func BenchmarkEventToAnotherHost(b *testing.B) {
 		b.ReportMetric(float64(all[int(float64(len(all)-1)*p/100)].Microseconds()), fmt.Sprintf("all-p%g-us", p))
 	}
 	b.ReportMetric(float64(len(onBus)), "events")
+}
+
+// BenchmarkFanOut has the bus in a process of its own, as shipped and with its history, and all its clients in this one.
+func BenchmarkFanOut(b *testing.B) {
+	s := newSite(b, 1)
+	s.start(s.nodes[0])
+	bustest.FanOut(b, func(name string) *bus.Conn {
+		c, err := bus.Dial(b.Context(), s.nodes[0].door(), name)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(c.Close)
+		return c
+	})
 }
 
 const idleFor = 20 * time.Second
