@@ -15,6 +15,7 @@ import (
 	"github.com/xostor-agents/xostor-agents/agents/dom0"
 	"github.com/xostor-agents/xostor-agents/agents/failover"
 	"github.com/xostor-agents/xostor-agents/bus"
+	"github.com/xostor-agents/xostor-agents/integration/lab"
 )
 
 // The defaults of the configuration are those of the package.
@@ -186,6 +187,40 @@ func TestFollowAddresses_FromTheBusesFile(t *testing.T) {
 	c.config.Agents.Failover.Addresses = []string{"198.51.100.7"}
 	if got := ask("stranger"); !slices.Equal(got, []netip.Addr{netip.MustParseAddr("198.51.100.7")}) {
 		t.Errorf("configured: told %v", got)
+	}
+}
+
+// On a host where no bus has run, XAPI says where the others are: as soon as it is there, and also on a host that is not the coordinator.
+func TestFollowAddresses_FromXAPI(t *testing.T) {
+	pool, err := lab.New(lab.Options{Hosts: 3, Seed: 1, Dir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = pool.Close() }()
+	faces, err := pool.Serve()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want []netip.Addr
+	for i, f := range faces {
+		addr := netip.AddrFrom4([4]byte{192, 0, 2, byte(i + 1)})
+		if err := pool.DB().Set("host", f.Host.Ref, "address", addr.String()); err != nil {
+			t.Fatal(err)
+		}
+		if i != 1 {
+			want = append(want, addr)
+		}
+	}
+	me := faces[1]
+	c := &call{config: dom0.DefaultConfig(), log: slog.New(slog.DiscardHandler)}
+	c.config.Bus.Store, c.config.XAPI.Socket, c.config.Host.PoolConf, c.config.Host.Inventory = t.TempDir(), me.Socket, me.PoolConf, me.Inventory
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	var told []netip.Addr
+	followAddresses(ctx, c, me.Host.UUID, func(list []netip.Addr) { told = list; cancel() })
+	slices.SortFunc(told, netip.Addr.Compare)
+	if !slices.Equal(told, want) {
+		t.Errorf("told %v, want %v", told, want)
 	}
 }
 
