@@ -255,12 +255,13 @@ func chooseMode(forced Mode, s *Snapshot) (Mode, string) {
 
 // beat says what the others need to know.
 func beat(s *Snapshot) Beat {
-	b := Beat{Node: s.Self, Mode: s.Mode, NodeID: s.NodeID, Mounted: s.Mount.Ours || len(s.Mount.Elsewhere) > 0, Failures: len(s.Memory.Failures), Reactor: s.Reactor == drbd.Yes, Move: s.Move}
+	b := Beat{Node: s.Self, Mode: s.Mode, NodeID: s.NodeID, Mounted: s.Mount.Ours || len(s.Mount.Elsewhere) > 0, Reactor: s.Reactor == drbd.Yes, Move: s.Move}
 	if s.Res != nil && s.Known {
 		b.Role, b.Owner = string(s.Res.Role), s.owns()
 		b.Usable = s.Res.LocalUpToDate() == drbd.Yes && s.Res.ForceIOFailure != drbd.Yes && !s.Mount.Foreign && !s.Mount.NotDir && len(s.Mount.Elsewhere) == 0 &&
 			s.UnitsKnown && s.Controller.Load == "loaded" && s.MountUnit.Load == "loaded"
 	}
+	b.Failures, _ = s.Memory.failed()
 	switch {
 	case s.jvmGone():
 		b.JVM = JVMDown
@@ -491,6 +492,9 @@ func (a *Agent) mount(ctx context.Context) error {
 		err = a.c.Units.Start(ctx, a.c.Names.MountUnit)
 	}
 	a.asked("mount", err)
+	if err != nil { // such a refusal leaves no trace at the unit
+		a.memory.MountFailures = append(slices.Clone(a.memory.MountFailures), a.c.Now())
+	}
 	return err
 }
 

@@ -204,7 +204,7 @@ func (d *decider) handOver() string {
 	if f := d.cannotRun(); f.Code != "" && len(s.Mount.Elsewhere) == 0 { // a device that is mounted elsewhere too cannot be demoted
 		return "the controller cannot run here: " + f.Text
 	}
-	if n := len(d.m.Failures); n >= s.Policy.MaxFailures {
+	if n, _ := d.m.failed(); n >= s.Policy.MaxFailures {
 		return fmt.Sprintf("starting it failed here %d times", n)
 	}
 	return ""
@@ -213,7 +213,7 @@ func (d *decider) handOver() string {
 // cannotRun says what on this host keeps the controller from running, whoever else could run it. No Code: nothing.
 func (d *decider) cannotRun() (f agents.Finding) {
 	s := d.s
-	missing := func(u systemd.Unit) bool { return u.Load == "not-found" || u.Load == "masked" }
+	missing := func(u systemd.Unit) bool { return u.Load != "loaded" } // not-found, masked, bad-setting, error
 	switch {
 	case s.Mount.NotDir:
 		f.Code, f.Text, f.Fix = "mount-point-missing", s.Names.MountPoint+" is no directory", "ls -ld "+s.Names.MountPoint+"; mkdir -p "+s.Names.MountPoint
@@ -268,7 +268,7 @@ func (d *decider) owner() {
 
 func (d *decider) mount() {
 	s := d.s
-	if len(d.m.Failures) >= 2 && d.m.Asked["mount"].N >= 2 {
+	if len(d.m.MountFailures) >= 2 {
 		d.find("mount-fails", agents.Critical, "the database does not mount here; all replicas have the same bytes, so another host helps only when the cause is this host", "systemctl status "+s.Names.MountUnit+"; journalctl -k | grep EXT4")
 	}
 	switch {
@@ -312,7 +312,10 @@ func (d *decider) supervise() {
 		d.RecheckIn(time.Second)
 	case c.Active == "active":
 		d.hung()
-	case c.Down() && d.cannotRun().Code != "": // findFacts tells
+	case c.Down() && c.Load != "loaded":
+		if f := d.cannotRun(); s.Mode != Owner { // an owner's is found already
+			d.find(f.Code, agents.Critical, f.Text, f.Fix)
+		}
 	case c.Down():
 		d.start()
 	default: // deactivating, or a job is pending
@@ -528,9 +531,9 @@ func (d *decider) promoteDelayed(since time.Time) bool {
 		}
 	}
 	left := wait - d.now.Sub(since)
-	if n := len(d.m.Failures); n > 0 && d.rank() > 0 {
+	if n, last := d.m.failed(); n > 0 && d.rank() > 0 {
 		penalty := min(time.Second<<min(n, 20), s.Policy.PenaltyMax)
-		left = max(left, penalty-d.now.Sub(d.m.Failures[n-1]))
+		left = max(left, penalty-d.now.Sub(last))
 	}
 	if left > 0 {
 		d.RecheckIn(left)
@@ -549,7 +552,8 @@ func (d *decider) rank() (n int) {
 		}
 		return [3]int{failures, former, id}
 	}
-	mine := key(s.Self, len(d.m.Failures), s.NodeID)
+	failures, _ := d.m.failed()
+	mine := key(s.Self, failures, s.NodeID)
 	for i := range s.Peers {
 		p := &s.Peers[i]
 		c := s.Res.Connection(p.Name)

@@ -191,13 +191,24 @@ func TestDecide(t *testing.T) {
 			s.Controller.Active, s.Controller.MainPID, s.Mount.Elsewhere = "inactive", 0, []string{"/mnt"}
 		}, "start-controller", ""},
 		{"guard leaves a missing unit to the reactor", owning, func(s *S) { unmounted(s); s.Mode, s.MountUnit.Load = failover.Guard, "not-found" }, "", ""},
+		{"mount unit's file is broken: another host", owning, func(s *S) { unmounted(s); s.MountUnit.Load = "bad-setting" }, "yield hand-over=yes", "mount-unit-missing"},
+		{"mount unit's file is broken on a secondary: not promoted", idle, func(s *S) { mayPromote(s, time.Hour); s.MountUnit.Load = "error" }, "", "mount-unit-missing"},
+		{"guard: the controller's unit is masked under an active target", owning, func(s *S) {
+			s.Mode, s.Target.Active = failover.Guard, "active"
+			s.Controller = systemd.Unit{Load: "masked", Active: "inactive"}
+		}, "", "controller-unit-missing"},
+		{"mounted at last: the controller starts at once", owning, func(s *S) {
+			s.Controller.Active, s.Controller.MainPID = "inactive", 0
+			s.Memory.MountFailures = slices.Repeat([]time.Time{ago(time.Second)}, 10)
+			s.Memory.HandOver = ago(time.Minute)
+		}, "start-controller", ""},
 		{"mounting failed three times: another host", owning, func(s *S) {
 			unmounted(s)
-			s.MountUnit.Active, s.Memory.Failures = "failed", []time.Time{ago(10 * time.Second), ago(6 * time.Second), now}
+			s.MountUnit.Active, s.Memory.MountFailures = "failed", []time.Time{ago(10 * time.Second), ago(6 * time.Second), now}
 		}, "yield hand-over=yes", ""},
 		{"mounting fails everywhere: stay and try", owning, func(s *S) {
 			unmounted(s)
-			s.MountUnit.Active, s.Memory.Failures = "failed", []time.Time{ago(10 * time.Second), ago(6 * time.Second), now}
+			s.MountUnit.Active, s.Memory.MountFailures = "failed", []time.Time{ago(10 * time.Second), ago(6 * time.Second), now}
 			s.Memory.Asked = map[string]failover.Attempt{"mount": {Last: ago(time.Minute), N: 3}}
 			s.Peers[0].Says.Failures, s.Peers[1].Says.Failures = 3, 3
 		}, "start-mount", "mount-fails"},
@@ -353,7 +364,7 @@ func drawSnapshot(t *rapid.T) failover.Snapshot {
 		s.Res = nil
 	}
 	s.Mount = failover.Mount{Known: rapid.Bool().Draw(t, "mount known"), Ours: rapid.Bool().Draw(t, "ours"), ReadOnly: rapid.Bool().Draw(t, "ro")}
-	load := rapid.SampledFrom([]string{"loaded", "loaded", "not-found", "masked"})
+	load := rapid.SampledFrom([]string{"loaded", "loaded", "loaded", "not-found", "masked", "error", "bad-setting"})
 	s.Controller.Load, s.MountUnit.Load = load.Draw(t, "ctl load"), load.Draw(t, "mu load")
 	s.Controller.Active, s.MountUnit.Active, s.Target.Active = active.Draw(t, "ctl"), active.Draw(t, "mu"), active.Draw(t, "target")
 	for i := range s.Peers {

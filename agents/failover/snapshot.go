@@ -157,15 +157,17 @@ type Memory struct {
 	Up         time.Time // the controller has been active since
 	Stopping   time.Time // it has been deactivating since
 	Asked      map[string]Attempt
-	Failures   []time.Time // of the controller, or of the mount below it, on this host
-	Counted    string      // the last failure of the controller that was counted, to count each once
-	CountedFS  string      // and of the mount
-	MoveDone   string      // the last order to move whose target became owner
-	HandOver   time.Time   // gave the controller away because it failed here
-	Attached   bool        // the local disk was attached at some time: if it is not now, it failed
-	Held       []string    // peers whose connection was taken down by hand on this host, by name
-	HeldRead   bool        // Held has been read from disk
-	StartedJVM bool        // this agent, or the host's reactor, had it running: a stop is a failure
+	Failures   []time.Time // of the controller on this host
+	Counted    string      // the last failure that was counted, to count each once
+	// MountFailures are those of mounting the database on this host, since it was mounted last; MountCounted is the last one that the unit showed.
+	MountFailures []time.Time
+	MountCounted  string
+	MoveDone      string    // the last order to move whose target became owner
+	HandOver      time.Time // gave the database away because the controller failed or cannot run here
+	Attached      bool      // the local disk was attached at some time: if it is not now, it failed
+	Held          []string  // peers whose connection was taken down by hand on this host, by name
+	HeldRead      bool      // Held has been read from disk
+	StartedJVM    bool      // this agent, or the host's reactor, had it running: a stop is a failure
 }
 
 // Attempt remembers tries of one kind, for back-off.
@@ -303,7 +305,8 @@ func remember(now time.Time, m Memory, s *Snapshot) Memory {
 	if !m.Up.IsZero() && now.Sub(m.Up) > s.Policy.RestartWindow {
 		m.Failures = nil // a long healthy run makes up for all
 	}
-	m.Failures = slices.DeleteFunc(slices.Clone(m.Failures), func(t time.Time) bool { return now.Sub(t) > s.Policy.RestartWindow })
+	old := func(t time.Time) bool { return now.Sub(t) > s.Policy.RestartWindow }
+	m.Failures, m.MountFailures = slices.DeleteFunc(slices.Clone(m.Failures), old), slices.DeleteFunc(slices.Clone(m.MountFailures), old)
 	return m
 }
 
@@ -341,17 +344,31 @@ func (m *Memory) countFailure(now time.Time, s *Snapshot) {
 	}
 }
 
-// countMount notes that the database could not be mounted, each time once: the cause may be this host, so it counts as the controller's failures do.
+// countMount notes that the database could not be mounted, each time once: the cause may be this host.
 func (m *Memory) countMount(now time.Time, s *Snapshot) {
+	if s.Mount.Ours {
+		m.MountFailures = nil
+	}
 	u := &s.MountUnit
 	id := u.InactiveSince.UTC().Format(time.RFC3339Nano)
-	if u.Active != "failed" || u.InactiveSince.IsZero() || id == m.CountedFS {
+	if u.Active != "failed" || u.InactiveSince.IsZero() || id == m.MountCounted {
 		return
 	}
-	m.CountedFS = id
+	m.MountCounted = id
 	if s.owns() && m.Releasing.IsZero() && m.Yielding.IsZero() && m.Asked["mount"].N > 0 {
-		m.Failures = append(slices.Clone(m.Failures), now)
+		m.MountFailures = append(slices.Clone(m.MountFailures), now)
 	}
+}
+
+// failed is how often the chain failed on this host lately, and when it did so last.
+func (m *Memory) failed() (n int, last time.Time) {
+	for _, t := range slices.Concat(m.Failures, m.MountFailures) {
+		n++
+		if t.After(last) {
+			last = t
+		}
+	}
+	return n, last
 }
 
 // dataInReach tells whether promoting would give good data: a local disk UpToDate, or none on purpose and a peer that has it.

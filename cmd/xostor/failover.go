@@ -182,9 +182,10 @@ func followAddresses(ctx context.Context, c *call, self string, tell func([]neti
 			c.log.Debug("hosts that the bus knows not read", agents.KeyErr, err)
 		}
 		if !pool.Has(self) && (asked.IsZero() || time.Since(asked) >= askXAPIEvery) {
-			asked = time.Now()
 			if pool, err = askPool(ctx, c); err != nil {
-				c.log.Debug("hosts of the pool not known", agents.KeyErr, err)
+				c.log.Debug("hosts of the pool not known", agents.KeyErr, err) // XAPI starts later than this agent
+			} else {
+				asked = time.Now()
 			}
 		}
 		var list []string
