@@ -283,6 +283,7 @@ func eachKept(ctx context.Context, nc *nats.Conn, cfg jetstream.OrderedConsumerC
 	if err != nil {
 		return historyError(err)
 	}
+	cfg.MaxResetAttempts = 1 // Each fetch makes the consumer anew; without a limit it is tried for ever when the leader has gone, whatever ctx says.
 	consumer, err := js.OrderedConsumer(ctx, historyStream, cfg)
 	if err != nil {
 		return historyError(err)
@@ -303,7 +304,15 @@ func eachKept(ctx context.Context, nc *nats.Conn, cfg jetstream.OrderedConsumerC
 			return historyError(err)
 		}
 		if got == 0 {
-			return nil // The limits dropped what was left.
+			// The limits dropped what was left, or nobody answered: that must not pass for the end.
+			info, err := consumer.Info(ctx)
+			if err != nil {
+				return historyError(err)
+			}
+			if info.NumPending > 0 {
+				return historyError(nats.ErrTimeout)
+			}
+			return nil
 		}
 		left -= min(left, got)
 		if err := ctx.Err(); err != nil {

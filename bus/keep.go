@@ -27,7 +27,7 @@ func (b *Bus) HistoryOff() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.historyOff == "" && b.opts.StoreDir != "" && b.server != nil && !b.server.JetStreamEnabled() {
-		return "the server switched it off, see its log (a full disk does this)"
+		return withFreeSpace("the server switched it off, see its log", b.opts.StoreDir)
 	}
 	return b.historyOff
 }
@@ -39,12 +39,18 @@ func (b *Bus) HistoryPaused() string {
 	return b.historyPaused
 }
 
-// setHistory notes why there is no history. The server's own words do not always say that the disk is full, so the free space is added.
-func (b *Bus) setHistory(off string) {
+// withFreeSpace adds the free space in dir to the reason why there is no history: the server's own words do not always say that the disk is full.
+func withFreeSpace(off, dir string) string {
 	var st unix.Statfs_t
-	if off != "" && unix.Statfs(b.opts.StoreDir, &st) == nil {
-		off = fmt.Sprintf("%s (%d MiB free in %s)", off, st.Bavail*uint64(st.Bsize)>>20, b.opts.StoreDir)
+	if off == "" || unix.Statfs(dir, &st) != nil {
+		return off
 	}
+	return fmt.Sprintf("%s (%d MiB free in %s)", off, st.Bavail*uint64(st.Bsize)>>20, dir)
+}
+
+// setHistory notes why there is no history.
+func (b *Bus) setHistory(off string) {
+	off = withFreeSpace(off, b.opts.StoreDir)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.historyOff = off

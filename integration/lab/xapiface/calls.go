@@ -23,13 +23,22 @@ type callRecord struct {
 	mu      sync.Mutex
 	limit   int
 	list    []CallRecord
+	forgot  int // How often the record was emptied.
 	changed chan struct{}
 }
 
-func (r *callRecord) add(c CallRecord) {
+// begin returns what add wants for a call that begins now.
+func (r *callRecord) begin() (forgot int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.limit < 0 {
+	return r.forgot
+}
+
+// add records a call that has been answered, unless the record was emptied since it began.
+func (r *callRecord) add(forgot int, c CallRecord) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.limit < 0 || forgot != r.forgot {
 		return
 	}
 	if len(r.list) >= 2*r.limit {
@@ -49,11 +58,12 @@ func (f *Face) Calls() []CallRecord {
 	return slices.Clone(f.calls.list[max(0, len(f.calls.list)-max(0, f.calls.limit)):])
 }
 
-// ForgetCalls empties the record.
+// ForgetCalls empties the record. Calls that have begun and are not answered yet are forgotten too.
 func (f *Face) ForgetCalls() {
 	f.calls.mu.Lock()
 	defer f.calls.mu.Unlock()
 	f.calls.list = nil
+	f.calls.forgot++
 }
 
 // AwaitCall waits until a call for which match holds has been answered, and returns it. Calls that are in the record already count.

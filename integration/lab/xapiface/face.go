@@ -263,13 +263,13 @@ func (f *Face) Login(originator string) (string, error) {
 
 // serve records and runs one call.
 func (f *Face) serve(ctx context.Context, r request) (any, error) {
-	started := f.db.Now()
+	started, forgot := f.db.Now(), f.calls.begin()
 	v, err := f.run(ctx, r)
 	code := ""
 	if err != nil {
 		code = asError(err).Code
 	}
-	f.calls.add(CallRecord{Time: started, Host: r.host, Transport: r.transport, Method: r.method, Params: r.params, Error: code, UserAgent: r.userAgent})
+	f.calls.add(forgot, CallRecord{Time: started, Host: r.host, Transport: r.transport, Method: r.method, Params: r.params, Error: code, UserAgent: r.userAgent})
 	return v, err
 }
 
