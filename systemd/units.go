@@ -111,21 +111,42 @@ func (u *Units) State(ctx context.Context, name string) (Unit, error) {
 		if job, ok := props["Job"].([]any); ok && len(job) > 0 {
 			out.Job, _ = job[0].(uint32)
 		}
-		if !strings.HasSuffix(name, ".service") {
+		if !strings.HasSuffix(name, ".service") || out.Load == "not-found" {
 			return nil
 		}
-		if props, err = c.GetUnitTypePropertiesContext(ctx, name, "Service"); err != nil {
-			return err
-		}
-		pid, _ := props["MainPID"].(uint32)
-		status, _ := props["ExecMainStatus"].(int32)
-		out.MainPID, out.ExitStatus, out.Result = int(pid), int(status), text(props["Result"])
-		return nil
+		return c.service(ctx, &out)
 	})
 	if err != nil {
 		return Unit{}, fmt.Errorf("read unit %s: %w", name, err)
 	}
 	return out, nil
+}
+
+// service reads what only services have. GetAll would have systemd read the cgroup's files and write three hundred properties, most of what an idle agent
+// allocated. A unit that is not loaded must not be read so: each Get would load and unload it, and all who listen would hear of it.
+func (c *link) service(ctx context.Context, u *Unit) error {
+	var pid uint32
+	var status int32
+	wanted := []struct {
+		name string
+		into any
+		call *dbus.Call
+	}{{name: "MainPID", into: &pid}, {name: "ExecMainStatus", into: &status}, {name: "Result", into: &u.Result}}
+	object := c.calls.Object("org.freedesktop.systemd1", dbus.ObjectPath("/org/freedesktop/systemd1/unit/"+sd.PathBusEscape(u.Name)))
+	for i := range wanted {
+		wanted[i].call = object.GoWithContext(ctx, "org.freedesktop.DBus.Properties.Get", 0, make(chan *dbus.Call, 1), "org.freedesktop.systemd1.Service", wanted[i].name)
+	}
+	for _, w := range wanted {
+		var v dbus.Variant
+		if err := (<-w.call.Done).Store(&v); err != nil {
+			return fmt.Errorf("%s: %w", w.name, err)
+		}
+		if err := v.Store(w.into); err != nil {
+			return fmt.Errorf("%s: %w", w.name, err)
+		}
+	}
+	u.MainPID, u.ExitStatus = int(pid), int(status)
+	return nil
 }
 
 // Start queues a start, after clearing a failure and its start limit. It returns when the job is queued.
