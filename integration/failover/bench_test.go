@@ -34,9 +34,9 @@ func report(b *testing.B, what string, d []time.Duration) {
 	fmt.Printf("%s: n=%d min %.1f p50 %.1f p95 %.1f p99 %.1f max %.1f ms\n", what, len(d), ms(d[0]), ms(at(0.5)), ms(at(0.95)), ms(at(0.99)), ms(d[len(d)-1]))
 }
 
-// The controller is killed -> systemd begins to start it again. A pool each, because the third failure hands it over.
 const startTakes = 250 * time.Millisecond // from the message to systemd's begin, with room
 
+// The controller is killed -> systemd begins to start it again. A pool each, because the third failure hands it over.
 func BenchmarkControllerKilled(b *testing.B) {
 	var all []time.Duration
 	for range b.N {
@@ -190,7 +190,7 @@ func BenchmarkHostDies(b *testing.B) {
 // needed.
 func BenchmarkAgentMemory(b *testing.B) {
 	for range b.N {
-		p := newShippedPool(b)
+		p := newShippedPool(b, 0)
 		for range 2 {
 			o := p.Settled()
 			p.Until(lasting, "all hosts are connected", p.Connected)

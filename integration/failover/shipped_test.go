@@ -21,15 +21,17 @@ import (
 // lasting is generous: it is only used up when something is wrong.
 const lasting = 3 * time.Minute
 
-// newShippedPool boots three hosts on which the real program runs as a unit.
-func newShippedPool(t testing.TB) *realpool.Pool {
+const testProbe = 300 * time.Millisecond // thirty times as often as shipped
+
+// newShippedPool boots three hosts on which the real program runs as a unit. Between two probes of the controller pass probeEvery; 0: the shipped interval.
+func newShippedPool(t testing.TB, probeEvery time.Duration) *realpool.Pool {
 	t.Helper()
 	needPool(t)
 	dir := t.TempDir()
 	if err := lab.Build(filepath.Join(dir, "xostor"), "../../cmd/xostor"); err != nil {
 		t.Fatal(err)
 	}
-	return realpool.New(t, realpool.Options{Xostor: filepath.Join(dir, "xostor"), ProbeEvery: 300 * time.Millisecond})
+	return realpool.New(t, realpool.Options{Xostor: filepath.Join(dir, "xostor"), ProbeEvery: probeEvery})
 }
 
 // cli is one call of the real program on a host.
@@ -51,7 +53,7 @@ func onHost(t *testing.T, h *realpool.Host, args ...string) cli {
 
 // The real program, started by systemd, with nothing but this host's own files: no XAPI, no bus, no LINSTOR.
 func TestShipped(t *testing.T) {
-	p := newShippedPool(t)
+	p := newShippedPool(t, testProbe)
 	o := p.Settled()
 	for _, h := range p.Hosts {
 		p.Until(lasting, h.Name+" has told systemd that it is ready", func() bool { return h.State(realpool.AgentUnit).Active == "active" })
