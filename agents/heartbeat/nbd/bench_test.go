@@ -25,13 +25,13 @@ type file struct {
 	size int64
 }
 
-func openFile(t testing.TB, path string, flag int) file {
+func openFile(t testing.TB, path string) file {
 	t.Helper()
 	const size = 4 << 20
 	if err := os.WriteFile(path, pattern(size), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	f, err := os.OpenFile(path, os.O_RDWR|flag, 0)
+	f, err := os.OpenFile(path, os.O_RDWR|syscall.O_DIRECT, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,20 +54,12 @@ func (f file) Zero(off, n int64, fua bool) error { return f.Write(aligned(int(n)
 func (f file) Flush() error                      { return syscall.Fdatasync(int(f.f.Fd())) }
 func (f file) Close()                            {}
 
-// envServe makes the test binary a server of the named file, so that ours is a process of its own as theirs are; envDirect
-// makes it open the file with O_DIRECT.
-const (
-	envServe  = "XOSTOR_NBD_BENCH_FILE"
-	envDirect = "XOSTOR_NBD_BENCH_DIRECT"
-)
+// envServe makes the test binary a server of the named file, so that ours is a process of its own as theirs are.
+const envServe = "XOSTOR_NBD_BENCH_FILE"
 
 // benchServer serves path until its standard input ends, and prints its address.
 func benchServer(path string) {
-	flag := os.O_RDWR
-	if os.Getenv(envDirect) == "1" {
-		flag |= syscall.O_DIRECT
-	}
-	f, err := os.OpenFile(path, flag, 0)
+	f, err := os.OpenFile(path, os.O_RDWR|syscall.O_DIRECT, 0)
 	if err == nil {
 		var l net.Listener
 		if l, err = net.Listen("tcp", "127.0.0.1:0"); err == nil {
@@ -83,13 +75,10 @@ func benchServer(path string) {
 	os.Exit(1)
 }
 
-func startOurs(b *testing.B, path string, direct bool) string {
+func startOurs(b *testing.B, path string) string {
 	b.Helper()
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), envServe+"="+path)
-	if direct {
-		cmd.Env = append(cmd.Env, envDirect+"=1")
-	}
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		b.Fatal(err)
@@ -116,26 +105,29 @@ func startOurs(b *testing.B, path string, direct bool) string {
 // Ours reads and writes with O_DIRECT when it owns a device; nbdkit's file plugin has no such mode. Its answers to reads
 // come from the page cache, which a heartbeat must not trust: that difference is the device's, not the server's. So:
 //
-//	cached   ours without O_DIRECT against nbdkit: the same system calls, so the ratio is that of the servers
+//	ram      ours with O_DIRECT against nbdkit, on a file in RAM, where the page cache is the device: the ratio is that of the servers
 //	uncached ours with O_DIRECT against nbdkit with cache=none and without readahead: it drops pages once used, but only whole ones
 //	         are dropped, so requests of 4 KiB go to the device with both, and reads of 1 KiB need not with nbdkit
 //	direct   ours with O_DIRECT against qemu-nbd with cache=none, which is O_DIRECT, too: the same work at the device
 //	shipped  ours with O_DIRECT against nbdkit; device is what the same pread or pwrite takes without any server
 //
-// Writes carry FUA except in cached. The parts named fio are the same without our client: fio's, with one request at a time and
+// Writes carry FUA. The parts named fio are the same without our client: fio's, with one request at a time and
 // no FUA, which it does not know; each server in turn.
 func BenchmarkLatency(b *testing.B) {
 	need(b, "nbdkit", "qemu-nbd")
 	for _, mode := range []struct {
 		name, other string
-		direct, fua bool
-	}{{"cached", "nbdkit", false, false}, {"uncached", "nbdkit-none", true, true}, {"direct", "qemu-nbd", true, true}, {"shipped", "nbdkit", true, true}} {
-		flag := 0
-		if mode.direct {
-			flag = syscall.O_DIRECT
+	}{{"ram", "nbdkit"}, {"uncached", "nbdkit-none"}, {"direct", "qemu-nbd"}, {"shipped", "nbdkit"}} {
+		dir := b.TempDir()
+		if mode.name == "ram" {
+			var err error
+			if dir, err = os.MkdirTemp("/dev/shm", "xostor"); err != nil {
+				b.Fatal(err)
+			}
+			b.Cleanup(func() { _ = os.RemoveAll(dir) })
 		}
-		disk := openFile(b, filepath.Join(b.TempDir(), "disk"), flag)
-		addr := startOurs(b, disk.f.Name(), mode.direct)
+		disk := openFile(b, filepath.Join(dir, "disk")) // In RAM since Linux 6.6.
+		addr := startOurs(b, disk.f.Name())
 		port := freePort(b)
 		theirs := fmt.Sprintf("127.0.0.1:%d", port)
 		switch mode.other {
@@ -150,7 +142,7 @@ func BenchmarkLatency(b *testing.B) {
 		for _, size := range []int{1024, 4096} {
 			for _, verb := range []string{"read", "write"} {
 				b.Run(fmt.Sprintf("%s/%s/%d", mode.name, verb, size), func(b *testing.B) {
-					compare(b, a, other, disk, mode.other, verb, size, mode.fua)
+					compare(b, a, other, disk, mode.other, verb, size)
 				})
 				b.Run(fmt.Sprintf("%s/fio/%s/%d", mode.name, verb, size), func(b *testing.B) {
 					compareFIO(b, addr, theirs, mode.other, verb, size)
@@ -160,21 +152,21 @@ func BenchmarkLatency(b *testing.B) {
 	}
 }
 
-func compare(b *testing.B, ours, other *Client, disk file, name, verb string, size int, fua bool) {
+func compare(b *testing.B, ours, other *Client, disk file, name, verb string, size int) {
 	p := AlignedBuffer(size)
 	client := func(c *Client) func(off int64) error {
 		return func(off int64) error {
 			if verb == "read" {
 				return c.Read(p, off, patience)
 			}
-			return c.Write(p, off, fua, patience)
+			return c.Write(p, off, true, patience)
 		}
 	}
 	raw := func(off int64) error {
 		if verb == "read" {
 			return disk.Read(p, off)
 		}
-		return disk.Write(p, off, fua)
+		return disk.Write(p, off, true)
 	}
 	who := []struct {
 		name  string
