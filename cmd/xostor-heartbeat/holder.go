@@ -1,12 +1,15 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -22,15 +25,24 @@ type holder struct {
 // holders are the other processes whose command line is wanted and that have a file open that same says is the one. What this
 // process may not look into is an error; what ended meanwhile is not.
 func holders(wanted func(command string) bool, same func(unix.Stat_t) bool) (found []holder, err error) {
-	lists, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	proc, err := os.Open("/proc")
 	if err != nil {
 		return nil, fmt.Errorf("look for processes: %w", err)
 	}
-	for _, list := range lists {
-		dir := filepath.Dir(list)
-		pid, _ := strconv.Atoi(filepath.Base(dir)) // The pattern lets numbers through only.
-		cmd, err := os.ReadFile(list)
-		if err != nil || pid == os.Getpid() || !wanted(string(cmd)) {
+	defer proc.Close()
+	names, err := proc.Readdirnames(-1)
+	if err != nil {
+		return nil, fmt.Errorf("look for processes: %w", err)
+	}
+	buf := make([]byte, 4096)
+	for _, name := range names {
+		pid, err := strconv.Atoi(name)
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		dir := "/proc/" + name
+		cmd := start(dir+"/cmdline", buf)
+		if !wanted(string(cmd)) {
 			continue
 		}
 		fds, err := os.ReadDir(dir + "/fd")
@@ -46,6 +58,95 @@ func holders(wanted func(command string) bool, same func(unix.Stat_t) bool) (fou
 		}
 	}
 	return found, nil
+}
+
+// start reads the first bytes of a file into buf; none if it cannot be read. A dom0 has a thousand processes, and os.ReadFile makes twice the system calls.
+func start(path string, buf []byte) []byte {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil
+	}
+	defer func() { _ = unix.Close(fd) }()
+	n, err := unix.Read(fd, buf)
+	if err != nil {
+		return nil
+	}
+	return buf[:n]
+}
+
+// watched looks for other holders of a device, in the background. A look takes tens of milliseconds in a large dom0, and for ever if a process hangs with its
+// address space locked, as may be when storage is in trouble: that is when the device is to be taken over, so a takeover does not wait for its end.
+type watched struct {
+	look func() error // Such as otherHolder.
+	log  *slog.Logger
+
+	mu    sync.Mutex
+	under chan struct{} // Closed when the look under way ends; nil when none is.
+	done  bool          // A look has ended.
+	err   error         // What the last one found.
+}
+
+const (
+	lookEvery = 10 * time.Second
+	firstLook = 3 * time.Second        // For the first look, before the daemon starts.
+	freshLook = 100 * time.Millisecond // For a fresh look, before the device is opened.
+)
+
+// watch looks at once and then every lookEvery, until ctx ends.
+func watch(ctx context.Context, look func() error, log *slog.Logger) *watched {
+	w := &watched{look: look, log: log}
+	_ = w.fresh(firstLook) // What it finds is said when the device is opened.
+	go func() {
+		tick := time.NewTicker(lookEvery)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+				w.begin()
+			}
+		}
+	}()
+	return w
+}
+
+// begin begins a look, unless one is under way, and returns what is closed at its end.
+func (w *watched) begin() <-chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.under != nil {
+		return w.under
+	}
+	ended := make(chan struct{})
+	w.under = ended
+	go func() {
+		err := w.look()
+		w.mu.Lock()
+		if _, held := errors.AsType[*heartbeat.HolderError](err); held && w.err == nil {
+			w.log.Error("device has another holder", "err", err)
+		}
+		w.err, w.done, w.under = err, true, nil
+		w.mu.Unlock()
+		close(ended)
+	}()
+	return ended
+}
+
+// fresh is why the device must not be opened, nil if nothing is known: by a fresh look, or by the last one if that takes longer than limit.
+func (w *watched) fresh(limit time.Duration) error {
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case <-w.begin():
+	case <-timer.C:
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.done {
+		return errors.New("look for other holders of the device: not done yet")
+	}
+	return w.err
 }
 
 // otherHolder finds XCP-ng's http-disk-server with disk open on this host: DRBD would let both in. Ours goes by the same

@@ -152,8 +152,9 @@ func TestHolders(t *testing.T) {
 		t.Fatal(err)
 	}
 	same := func(st unix.Stat_t) bool { return st.Dev == want.Dev && st.Ino == want.Ino }
+	const program = "echo up; read wait"
 	look := func() []holder {
-		found, err := holders(func(command string) bool { return strings.Contains(command, "sleep") }, same)
+		found, err := holders(func(command string) bool { return strings.Contains(command, program) }, same)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -162,13 +163,24 @@ func TestHolders(t *testing.T) {
 	if found := look(); len(found) != 0 {
 		t.Errorf("found %+v, which is this process", found)
 	}
-	cmd := exec.Command("sleep", "600")
+	cmd := exec.Command("sh", "-c", program)
 	cmd.ExtraFiles = []*os.File{f}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }()
-	if found := look(); len(found) != 1 || found[0].pid != cmd.Process.Pid || found[0].command != "sleep 600" {
+	defer func() { in.Close(); _ = cmd.Wait() }()
+	if _, err := out.Read(make([]byte, 1)); err != nil { // It runs: between exec and that, its command line is empty.
+		t.Fatal(err)
+	}
+	if found := look(); len(found) != 1 || found[0].pid != cmd.Process.Pid || found[0].command != "sh -c "+program {
 		t.Errorf("found %+v, want process %d", found, cmd.Process.Pid)
 	}
 }

@@ -302,8 +302,9 @@ func (s *settings) run(ctx context.Context) error {
 	}
 	if s.owner {
 		least := int64(statefile.Size)
+		holders := watch(ctx, func() error { return otherHolder(s.disk) }, log)
 		c.Open = func() (heartbeat.Device, error) {
-			if err := otherHolder(s.disk); err != nil {
+			if err := holders.fresh(freshLook); err != nil {
 				return nil, err
 			}
 			return heartbeat.OpenDevice(s.disk, least)
