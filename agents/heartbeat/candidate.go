@@ -64,7 +64,7 @@ type View struct {
 	// Owner is the last known owner and Heard when it last answered a request; both zero if none is known.
 	Owner string
 	Heard time.Time
-	// Successor is whom a leaving owner named.
+	// Successor is whom a leaving owner named; "" if none, or since somebody serves again.
 	Successor string
 	// Primary is the connected host that DRBD shows as Primary, "" when it shows none or was not asked, and PrimarySince when it
 	// was first seen to be: nobody is silent as the owner for longer than that.
@@ -114,10 +114,14 @@ func DecideCandidate(now time.Time, t Timing, v View) Step {
 	if v.Barred != "" {
 		return Step{Why: v.Barred}
 	}
-	due := founded.Add(time.Duration(rank(v)) * t.Rank)
-	if !v.LeftAt.IsZero() && now.Sub(v.LeftAt) < 2*t.Suspect {
+	turn := time.Duration(rank(v)) * t.Rank
+	due := founded.Add(turn)
+	if awaited(v) {
+		due = later(due, v.LostAt.Add(t.Suspect+turn))
+	}
+	if !v.LeftAt.IsZero() && now.Sub(v.LeftAt) < 2*t.Suspect && v.Successor != v.Self {
 		// Whoever handed over takes back only when nobody else wants. One that was frozen and evicted learns both at once.
-		due = later(due, v.LeftAt.Add(time.Duration(rank(v))*t.Rank)).Add(t.Suspect)
+		due = later(due, v.LeftAt.Add(turn)).Add(t.Suspect)
 	}
 	reopen := t.Reopen
 	if len(v.Cut) > 0 {
@@ -153,6 +157,8 @@ func suspicion(now time.Time, t Timing, v View) (time.Time, string) {
 		}
 	}
 	switch {
+	case !ownerSays.IsZero() && v.Successor == v.Self:
+		return later(ownerSays, v.LostAt), "named by the owner that left" // Nobody else is to open it, so nobody else need be heard.
 	case unanimous && (v.Owner == "" || v.Owner == v.Self || !ownerSays.IsZero()):
 		return later(all, v.LostAt), "no host serves"
 	case !ownerSays.IsZero(), v.Owner == v.Self:
@@ -187,6 +193,18 @@ func earlier(a, b time.Time) time.Time {
 		return a
 	}
 	return b
+}
+
+// awaited says whether another host was named as the successor and is not known to be down. Two opens at once cost each other seconds in DRBD, which changes one
+// state at a time, and a host that is slow to notice its turn would meet the next in rank.
+func awaited(v View) bool {
+	if v.Successor == v.Self || v.Successor == v.Owner {
+		return false
+	}
+	return slices.ContainsFunc(v.Peers, func(p Peer) bool {
+		down := (p.Answer == Silent || p.Answer == Refused) && !p.At.Before(v.LostAt)
+		return p.Host == v.Successor && !down
+	})
 }
 
 // rank is this host's place among those who can open the device: the named successor, then hosts with data, then the

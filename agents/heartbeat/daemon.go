@@ -263,7 +263,9 @@ func (d *Daemon) loop(ctx context.Context, every time.Duration, do func(context.
 func (d *Daemon) HandOver(successor string) {
 	d.mu.Lock()
 	w := d.owner
-	d.successor = successor
+	if w != nil {
+		d.successor = successor
+	}
 	d.mu.Unlock()
 	if w != nil {
 		w.handOver(d.timing().Suspect)
@@ -587,6 +589,13 @@ func (d *Daemon) decide(ctx context.Context) {
 		d.view.LostAt = outage
 	}
 	d.view.Owner, d.view.Heard = owner, heard
+	if !out {
+		// A hand-over is over when there is another owner, and must not decide the next outage.
+		d.view.Successor = ""
+		if d.owner == nil && owner != d.c.Host && heard.After(d.view.LeftAt) {
+			d.successor = ""
+		}
+	}
 	view := d.view
 	if d.drbd == nil {
 		view.Primary = "" // DRBD does not answer; whom it showed last keeps its time.

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -106,6 +108,10 @@ func (d *Daemon) Control(line string, w io.Writer) error {
 	var r reply
 	switch verb {
 	case "handover":
+		if err := d.mayTake(arg); err != nil {
+			r.Error = err.Error()
+			break
+		}
 		d.HandOver(arg)
 		fallthrough
 	case "status":
@@ -120,6 +126,33 @@ func (d *Daemon) Control(line string, w io.Writer) error {
 		r.Error = fmt.Sprintf("unknown request %q", verb)
 	}
 	return json.NewEncoder(w).Encode(r)
+}
+
+// mayTake refuses a successor that this host knows nothing of: the others would wait for nobody. "": anyone.
+func (d *Daemon) mayTake(host string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if host == "" || d.owner == nil {
+		return nil // Nothing will change.
+	}
+	if host == d.c.Host {
+		return fmt.Errorf("%s is this host; name another one, or none", host)
+	}
+	known := map[string]bool{}
+	for _, p := range d.c.Peers {
+		known[p.Host] = true
+	}
+	for _, name := range d.learned {
+		known[name] = true
+	}
+	for _, name := range d.owner.clients() {
+		known[name] = true
+	}
+	if known[host] {
+		return nil
+	}
+	delete(known, d.c.Host)
+	return fmt.Errorf("no host %s is known; there are %s", host, strings.Join(slices.Sorted(maps.Keys(known)), ", "))
 }
 
 // imageLen is the statefile and the owner's record behind it.

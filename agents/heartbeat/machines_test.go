@@ -110,7 +110,27 @@ func TestDecideCandidate(t *testing.T) {
 		{"second in rank", base(func(v *View) { v.Self = "n4"; v.Peers = peers(Refused, NotOwner, 0) }), Step{Recheck: 300 * time.Millisecond, Why: "no host serves"}},
 		{"diskless comes after diskful", base(func(v *View) { v.Diskful = false; v.Peers = peers(Refused, NotOwner, 0) }),
 			Step{Recheck: 300 * time.Millisecond, Why: "no host serves"}},
-		{"the named successor is first", base(func(v *View) { v.Self, v.Successor = "n4", "n4"; v.Peers = peers(Refused, NotOwner, 0) }), Step{Open: true, Why: "no host serves"}},
+		{"the named successor is first", base(func(v *View) { v.Self, v.Successor = "n4", "n4"; v.Peers = peers(Refused, NotOwner, 0) }), Step{Open: true, Why: "named by the owner that left"}},
+		{"another host was named: it gets its time", base(func(v *View) { v.Successor, v.LostAt = "n3", ago(0); v.Peers = peers(NotOwner, NotOwner, 0) }),
+			Step{Recheck: 3*sec + 300*time.Millisecond, Why: "no host serves"}},
+		{"it has not answered yet", base(func(v *View) {
+			v.Successor, v.LostAt = "n3", ago(sec)
+			v.Peers = peers(NotOwner, NotOwner, sec)
+			v.Peers[1].At = ago(2 * sec)
+		}),
+			Step{Recheck: 2 * sec, Why: "the owner says that it is none"}},
+		{"it tries in vain: the wait does not begin anew", base(func(v *View) { v.Successor, v.LostAt = "n3", ago(4*sec); v.Peers = peers(NotOwner, NotOwner, 0) }),
+			Step{Recheck: 300 * time.Millisecond, Why: "no host serves"}},
+		{"handed back a moment after it was handed over", base(func(v *View) { v.LeftAt, v.Successor = ago(3*sec), "n2"; v.Peers = peers(NotOwner, NotOwner, 0) }),
+			Step{Open: true, Why: "named by the owner that left"}},
+		{"the named host waits for nobody's answer", base(func(v *View) { v.Successor = "n2"; v.Peers = peers(NotOwner, Silent, 0) }),
+			Step{Open: true, Why: "named by the owner that left"}},
+		{"and no more", base(func(v *View) { v.Successor = "n3"; v.LostAt = ago(4 * sec); v.Peers = peers(NotOwner, NotOwner, 3*sec) }),
+			Step{Open: true, Why: "no host serves"}},
+		{"the named host refuses: nobody waits for it", base(func(v *View) { v.Successor, v.LostAt = "n3", ago(0); v.Peers = peers(NotOwner, Refused, 0) }),
+			Step{Open: true, Why: "no host serves"}},
+		{"the named host has been the owner meanwhile", base(func(v *View) { v.Successor, v.LostAt = "n1", ago(0); v.Peers = peers(NotOwner, NotOwner, 0) }),
+			Step{Open: true, Why: "no host serves"}},
 		{"after handing over, others first", base(func(v *View) { v.Owner, v.LeftAt = "n2", ago(0); v.Peers = peers(NotOwner, NotOwner, 0) }),
 			Step{Recheck: 300*time.Millisecond + 3*sec, Why: "no host serves"}},
 		{"barred by policy", base(func(v *View) { v.Heard = ago(5 * sec); v.Barred = "suspend-io" }), Step{Why: "suspend-io"}},

@@ -317,6 +317,18 @@ func (s *ownerSession) Close() {
 	s.w.mu.Unlock()
 }
 
+// clients are the hosts that have had a session, by name.
+func (w *ownership) clients() (names []string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for host := range w.o.sessions {
+		if bare, _, _ := strings.Cut(host, "~"); !strings.Contains(bare, "#") { // A client without a host has its address.
+			names = append(names, bare)
+		}
+	}
+	return names
+}
+
 // sessionName is the export's name as fronts send it: export@host/boot/count.
 func sessionName(export, host string, s Session) string {
 	return export + "@" + host + "/" + s.Boot + "/" + strconv.FormatUint(s.Count, 10)

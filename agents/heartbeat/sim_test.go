@@ -558,6 +558,12 @@ func (h *simHost) decide() {
 		}
 	}
 	h.view.See(h.s.now, primary)
+	if !outage {
+		h.view.Successor = ""
+		if h.owner == nil && h.view.Owner != h.name && h.view.Heard.After(h.view.LeftAt) {
+			h.successor = ""
+		}
+	}
 	v := h.view
 	v.Served = !outage || h.owner != nil
 	step := DecideCandidate(h.s.now, h.s.t, v)
@@ -692,7 +698,7 @@ func (h *simHost) accept(l *simLink) {
 	l.toFront(func() {
 		l.from.said(l.to)
 		l.from.note(l.to, answer)
-		if l.from.link == nil {
+		if l.from.link == nil && l.to.successor != "" {
 			l.from.view.Successor = l.to.successor
 		}
 	})

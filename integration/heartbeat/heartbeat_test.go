@@ -282,6 +282,11 @@ func TestOwnersDeath(t *testing.T) {
 	t.Logf("owner killed: longest request of a survivor %v", gap)
 	second := p.owner(first)
 	p.start(first)
+	for host, want := range map[string]string{"nobody": "no host nobody is known; there are n", second.Name: "is this host"} {
+		if out, code := p.tool(second, "handover", "--run-dir", second.RunDir, host); code == 0 || !strings.Contains(out, want) {
+			t.Errorf("hand-over to %s: %d %s, want a refusal with %q", host, code, out, want)
+		}
+	}
 	gap = p.run(nil, func() {
 		if out, code := p.tool(second, "handover", "--run-dir", second.RunDir, first.Name); code != 0 {
 			t.Fatalf("hand-over: %s", out)
