@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -127,7 +128,8 @@ type drbdHost struct {
 
 // TestDRBD9 runs three shims on three kernels with DRBD 9, and measures what a xhad sees of its owner's troubles.
 // XOSTOR_DRBD9_MODULE is the path of drbd.ko for the kernel in use, with the other modules of its build beside it;
-// Debian's kernels have DRBD 8.4, which knows no quorum. XOSTOR_DRBD9_ROW chooses rows by a regular expression.
+// Debian's kernels have DRBD 8.4, which knows no quorum. XOSTOR_DRBD9_ROW chooses rows by a regular expression, and
+// XOSTOR_DRBD9_CONF is the path of xhad.conf, with %s for the host's name; without it the shims' times are those of T=60.
 func TestDRBD9(t *testing.T) {
 	module := os.Getenv("XOSTOR_DRBD9_MODULE")
 	if module == "" {
@@ -170,7 +172,7 @@ var drbdRows = []struct {
 		return nil
 	}},
 	{"planned hand-over", func(p *drbdPool, owner *drbdHost) *drbdHost {
-		owner.must("/bin/xostor-heartbeat", "handover", "--run-dir", "/run/hb")
+		owner.must("/bin/xostor-heartbeat", "handover", "--run-dir", "/run/hb", p.another(owner).name)
 		if p.owner() == owner {
 			p.t.Error("the owner is the same")
 		}
@@ -269,18 +271,27 @@ func newDRBDPool(t *testing.T, module string) *drbdPool {
 		t.Fatal(err)
 	}
 	t.Cleanup(sw.Close)
+	files := map[string]string{"/etc/drbd.conf": drbdResource, "/var/lib/linstor.d/statefile.res": drbdResource, "/etc/xensource/ptoken": "5f1a7d3e-aaaa/0b6e2c1d-bbbb/c0ffee00-cccc",
+		"/var/lib/drbd/empty": "", "/var/run/drbd/empty": "", "/var/lock/empty": ""}
 	p := &drbdPool{t: t, sw: sw, start: time.Now()}
 	var wg sync.WaitGroup
 	for i := range 3 {
 		h := &drbdHost{pool: p, index: i, name: fmt.Sprintf("n%d", i+1)}
 		p.hosts = append(p.hosts, h)
+		files := maps.Clone(files)
+		if path := os.Getenv("XOSTOR_DRBD9_CONF"); path != "" {
+			conf, err := os.ReadFile(strings.ReplaceAll(path, "%s", h.name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			files[statefile.ConfPath] = string(conf)
+		}
 		wg.Go(func() {
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 			defer cancel()
 			h.Machine, err = Boot(ctx, Config{Kernel: k, Init: init, Memory: 320, Name: h.name, Netdev: sw.Netdev(i), MAC: sw.MAC(i), Programs: tools,
 				Modules: []string{"virtio_pci", "virtio_net", "nbd", "brd rd_nr=1 rd_size=16384", "drbd usermode_helper=/bin/true", "drbd_transport_tcp"},
-				Files: map[string]string{"/etc/drbd.conf": drbdResource, "/var/lib/linstor.d/statefile.res": drbdResource, "/etc/xensource/ptoken": "5f1a7d3e-aaaa/0b6e2c1d-bbbb/c0ffee00-cccc",
-					"/var/lib/drbd/empty": "", "/var/run/drbd/empty": "", "/var/lock/empty": ""}})
+				Files:   files})
 			if err != nil {
 				t.Error(err)
 			}
