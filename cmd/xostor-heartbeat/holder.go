@@ -87,7 +87,7 @@ type watched struct {
 }
 
 const (
-	lookEvery = 10 * time.Second
+	lookEvery = time.Minute            // So that what is known is never old when looks hang.
 	firstLook = 3 * time.Second        // For the first look, before the daemon starts.
 	freshLook = 100 * time.Millisecond // For a fresh look, before the device is opened.
 )

@@ -191,6 +191,16 @@ var drbdRows = []struct {
 		p.must(owner.shim.Signal(p.t.Context(), syscall.SIGCONT))
 		return owner // Its outage may have been longer than it holds requests.
 	}},
+	{"a host that cut its link dies before it restores it", func(p *drbdPool, owner *drbdHost) *drbdHost {
+		p.must(owner.shim.Signal(p.t.Context(), syscall.SIGSTOP))
+		next := p.ownedBut(owner)
+		i := slices.IndexFunc(p.hosts, func(h *drbdHost) bool { return h != owner && h != next })
+		p.must(p.hosts[i].shim.Signal(p.t.Context(), syscall.SIGKILL))
+		p.hosts[i].startShim()
+		p.wait(5 * time.Second)
+		p.must(owner.shim.Signal(p.t.Context(), syscall.SIGCONT))
+		return owner // Its outage may have been longer than it holds requests.
+	}},
 	{"owners host is frozen for 15 s", func(p *drbdPool, owner *drbdHost) *drbdHost {
 		p.must(owner.Freeze())
 		p.ownedBut(owner)
