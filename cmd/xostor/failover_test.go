@@ -190,7 +190,7 @@ func TestFollowAddresses_FromTheBusesFile(t *testing.T) {
 	}
 }
 
-// On a host where no bus has run, XAPI says where the others are: as soon as it is there, and also on a host that is not the coordinator.
+// On a host where no bus has run, XAPI says where the others are, also on a host that is not the coordinator.
 func TestFollowAddresses_FromXAPI(t *testing.T) {
 	pool, err := lab.New(lab.Options{Hosts: 3, Seed: 1, Dir: t.TempDir()})
 	if err != nil {
