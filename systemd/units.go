@@ -25,7 +25,21 @@ const (
 const (
 	callTimeout = 2 * time.Second
 	watchPoll   = 3 * time.Second // re-read although no signal came
-	aliveCheck  = time.Second     // go-systemd does not tell that a connection broke
+	redial      = time.Second
+)
+
+// The names that systemd's D-Bus interface goes by, org.freedesktop.systemd1(5).
+const (
+	destination      = "org.freedesktop.systemd1"
+	managerPath      = "/org/freedesktop/systemd1"
+	unitFolder       = "/org/freedesktop/systemd1/unit"
+	managerInterface = "org.freedesktop.systemd1.Manager"
+	unitInterface    = "org.freedesktop.systemd1.Unit"
+	serviceInterface = "org.freedesktop.systemd1.Service"
+	properties       = "org.freedesktop.DBus.Properties"
+	get              = properties + ".Get"
+	getAll           = properties + ".GetAll"
+	changed          = properties + ".PropertiesChanged"
 )
 
 // ErrUnreachable says that systemd could not be asked. Nothing is known about the unit then.
@@ -75,15 +89,9 @@ type Units struct {
 	Sent func(unit string)
 
 	mu     sync.Mutex
-	conn   *link
+	conn   *dbus.Conn    // one for calls and signals: on its private socket systemd writes every signal to every connection
 	dialed chan struct{} // closed when the dial in flight ends
 	closed bool
-}
-
-// link is one connection to systemd.
-type link struct {
-	*sd.Conn
-	calls *dbus.Conn // the part of it that calls go over
 }
 
 // Close drops the connection. Later calls fail.
@@ -92,7 +100,7 @@ func (u *Units) Close() {
 	defer u.mu.Unlock()
 	u.closed = true
 	if u.conn != nil {
-		u.conn.Close()
+		_ = u.conn.Close() // nothing is waiting to be written
 		u.conn = nil
 	}
 }
@@ -100,21 +108,21 @@ func (u *Units) Close() {
 // State reads a unit. A unit that does not exist has Load "not-found" and Active "inactive". Error: matches ErrUnreachable.
 func (u *Units) State(ctx context.Context, name string) (Unit, error) {
 	out := Unit{Name: name}
-	err := u.call(ctx, func(ctx context.Context, c *link) error {
-		props, err := c.GetUnitPropertiesContext(ctx, name)
-		if err != nil {
+	err := u.call(ctx, func(ctx context.Context, c *dbus.Conn) error {
+		var props map[string]dbus.Variant
+		if err := unitObject(c, name).CallWithContext(ctx, getAll, 0, unitInterface).Store(&props); err != nil {
 			return err
 		}
 		out.Load, out.Active, out.Sub = text(props["LoadState"]), text(props["ActiveState"]), text(props["SubState"])
 		out.ActiveSince, out.InactiveSince = stamp(props["ActiveEnterTimestamp"]), stamp(props["InactiveEnterTimestamp"])
 		out.BegunAt = stamp(props["InactiveExitTimestamp"])
-		if job, ok := props["Job"].([]any); ok && len(job) > 0 {
+		if job, ok := props["Job"].Value().([]any); ok && len(job) > 0 {
 			out.Job, _ = job[0].(uint32)
 		}
 		if !strings.HasSuffix(name, ".service") || out.Load == "not-found" {
 			return nil
 		}
-		return c.service(ctx, &out)
+		return service(ctx, c, &out)
 	})
 	if err != nil {
 		return Unit{}, fmt.Errorf("read unit %s: %w", name, err)
@@ -124,7 +132,7 @@ func (u *Units) State(ctx context.Context, name string) (Unit, error) {
 
 // service reads what only services have. GetAll would have systemd read the cgroup's files and write three hundred properties, most of what an idle agent
 // allocated. A unit that is not loaded must not be read so: each Get would load and unload it, and all who listen would hear of it.
-func (c *link) service(ctx context.Context, u *Unit) error {
+func service(ctx context.Context, c *dbus.Conn, u *Unit) error {
 	var pid uint32
 	var status int32
 	wanted := []struct {
@@ -132,9 +140,9 @@ func (c *link) service(ctx context.Context, u *Unit) error {
 		into any
 		call *dbus.Call
 	}{{name: "MainPID", into: &pid}, {name: "ExecMainStatus", into: &status}, {name: "Result", into: &u.Result}}
-	object := c.calls.Object("org.freedesktop.systemd1", dbus.ObjectPath("/org/freedesktop/systemd1/unit/"+sd.PathBusEscape(u.Name)))
+	object := unitObject(c, u.Name)
 	for i := range wanted {
-		wanted[i].call = object.GoWithContext(ctx, "org.freedesktop.DBus.Properties.Get", 0, make(chan *dbus.Call, 1), "org.freedesktop.systemd1.Service", wanted[i].name)
+		wanted[i].call = object.GoWithContext(ctx, get, 0, make(chan *dbus.Call, 1), serviceInterface, wanted[i].name)
 	}
 	for _, w := range wanted {
 		var v dbus.Variant
@@ -151,21 +159,20 @@ func (c *link) service(ctx context.Context, u *Unit) error {
 
 // Start queues a start, after clearing a failure and its start limit. It returns when the job is queued.
 func (u *Units) Start(ctx context.Context, name string) error {
-	return u.job(ctx, "start", name, func(ctx context.Context, c *link) error { return u.queue(ctx, c, "StartUnit", name) })
+	return u.job(ctx, "start", name, func(ctx context.Context, c *dbus.Conn) error { return u.queue(ctx, c, "StartUnit", name) })
 }
 
 // Restart queues a stop and a start: for units that count as active although what they did is gone.
 func (u *Units) Restart(ctx context.Context, name string) error {
-	return u.job(ctx, "restart", name, func(ctx context.Context, c *link) error { return u.queue(ctx, c, "RestartUnit", name) })
+	return u.job(ctx, "restart", name, func(ctx context.Context, c *dbus.Conn) error { return u.queue(ctx, c, "RestartUnit", name) })
 }
 
 // queue resets a unit's failure, without which the start limit of earlier failures refuses, and queues a job. The job does not wait for the answer to the reset:
 // systemd is slowest when much happens, and one connection keeps the order of two messages. What the reset says does not matter, for a unit
 // that is not loaded cannot be reset and need not be; the job's own answer counts.
-func (u *Units) queue(ctx context.Context, c *link, method, name string) error {
-	manager := c.calls.Object("org.freedesktop.systemd1", "/org/freedesktop/systemd1")
-	reset := manager.GoWithContext(ctx, "org.freedesktop.systemd1.Manager.ResetFailedUnit", 0, make(chan *dbus.Call, 1), name)
-	job := manager.GoWithContext(ctx, "org.freedesktop.systemd1.Manager."+method, 0, make(chan *dbus.Call, 1), name, string(Replace))
+func (u *Units) queue(ctx context.Context, c *dbus.Conn, method, name string) error {
+	reset := manager(c).GoWithContext(ctx, managerInterface+".ResetFailedUnit", 0, make(chan *dbus.Call, 1), name)
+	job := manager(c).GoWithContext(ctx, managerInterface+"."+method, 0, make(chan *dbus.Call, 1), name, string(Replace))
 	if u.Sent != nil {
 		u.Sent(name)
 	}
@@ -175,31 +182,33 @@ func (u *Units) queue(ctx context.Context, c *link, method, name string) error {
 
 // Stop queues a stop. A unit that is not loaded is stopped already.
 func (u *Units) Stop(ctx context.Context, name string, mode StopMode) error {
-	return u.job(ctx, "stop", name, func(ctx context.Context, c *link) error {
-		_, err := c.StopUnitContext(ctx, name, string(mode), nil)
-		return ignoreNotLoaded(err)
+	return u.job(ctx, "stop", name, func(ctx context.Context, c *dbus.Conn) error {
+		return ignoreNotLoaded(manager(c).CallWithContext(ctx, managerInterface+".StopUnit", 0, name, string(mode)).Err)
 	})
 }
 
 // Kill sends a signal to every process of the unit's cgroup. No process, or no such unit: no error.
 func (u *Units) Kill(ctx context.Context, name string, signal syscall.Signal) error {
-	return u.job(ctx, "kill", name, func(ctx context.Context, c *link) error {
-		err := c.KillUnitWithTarget(ctx, name, sd.All, int32(signal))
+	return u.job(ctx, "kill", name, func(ctx context.Context, c *dbus.Conn) error {
+		err := kill(ctx, c, name, "all", signal)
 		if e, ok := errors.AsType[dbus.Error](err); ok && (e.Name == "org.freedesktop.systemd1.NoSuchProcess" || e.Name == "org.freedesktop.DBus.Error.UnixProcessIdUnknown") {
 			return nil
 		}
-		return ignoreNotLoaded(err)
+		return err
 	})
 }
 
 // SignalMain sends a signal to the unit's main process only.
 func (u *Units) SignalMain(ctx context.Context, name string, signal syscall.Signal) error {
-	return u.job(ctx, "signal", name, func(ctx context.Context, c *link) error {
-		return ignoreNotLoaded(c.KillUnitWithTarget(ctx, name, sd.Main, int32(signal)))
-	})
+	return u.job(ctx, "signal", name, func(ctx context.Context, c *dbus.Conn) error { return kill(ctx, c, name, "main", signal) })
 }
 
-func (u *Units) job(ctx context.Context, verb, name string, f func(context.Context, *link) error) error {
+// kill sends a signal to who of the unit: all, main, control.
+func kill(ctx context.Context, c *dbus.Conn, name, who string, signal syscall.Signal) error {
+	return ignoreNotLoaded(manager(c).CallWithContext(ctx, managerInterface+".KillUnit", 0, name, who, int32(signal)).Err)
+}
+
+func (u *Units) job(ctx context.Context, verb, name string, f func(context.Context, *dbus.Conn) error) error {
 	if err := u.call(ctx, f); err != nil {
 		return fmt.Errorf("%s unit %s: %w", verb, name, err)
 	}
@@ -209,56 +218,68 @@ func (u *Units) job(ctx context.Context, verb, name string, f func(context.Conte
 // Watch calls hint whenever one of the units may have changed, until ctx ends: after signals, after each reconnect, and every few seconds in any case.
 // hint must not block.
 func (u *Units) Watch(ctx context.Context, names []string, hint func()) {
+	wanted := map[dbus.ObjectPath]bool{}
+	for _, n := range names {
+		wanted[unitPath(n)] = true
+	}
 	for ctx.Err() == nil {
-		u.watchOnce(ctx, names, hint)
-		wait(ctx, aliveCheck)
+		u.watchOnce(ctx, wanted, hint)
+		wait(ctx, redial)
 	}
 }
 
 // watchOnce follows one connection until it breaks.
-func (u *Units) watchOnce(ctx context.Context, names []string, hint func()) {
+func (u *Units) watchOnce(ctx context.Context, wanted map[dbus.ObjectPath]bool, hint func()) {
 	hint()
-	conn, err := u.dialTimed(ctx)
+	dialing, cancel := context.WithTimeout(ctx, cmp.Or(u.Timeout, callTimeout))
+	conn, err := u.current(dialing)
+	cancel()
 	if err != nil {
 		return
 	}
-	defer conn.Close()
-	updates, overflow := make(chan *sd.PropertiesUpdate, 256), make(chan error, 1)
-	conn.SetPropertiesSubscriber(updates, overflow)
+	signals := make(chan *dbus.Signal, 16) // what does not fit waits in godbus
+	conn.Signal(signals)
+	defer conn.RemoveSignal(signals)
 	subscribed := make(chan error, 1)
-	go func() { subscribed <- conn.Subscribe() }() // it takes no context; closing the connection ends it
-	wanted := map[string]bool{}
-	for _, n := range names {
-		wanted[n] = true
-	}
-	alive, poll := time.NewTicker(aliveCheck), time.NewTicker(watchPoll)
-	defer alive.Stop()
+	go func() { subscribed <- u.subscribe(ctx, conn) }()
+	poll := time.NewTicker(watchPoll)
 	defer poll.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-alive.C:
-			if !conn.Connected() {
-				return
-			}
+		case <-conn.Context().Done():
+			return
 		case err := <-subscribed:
 			if err != nil {
-				return // dialled again in a second
+				u.drop(conn)
+				return
 			}
 			hint() // what changed until now was not told
 		case <-poll.C:
 			hint()
-		case err := <-overflow:
-			if err != nil {
-				hint()
+		case sig, open := <-signals:
+			if !open {
+				return
 			}
-		case up := <-updates:
-			if wanted[up.UnitName] {
+			if sig.Name == changed && wanted[sig.Path] {
 				hint()
 			}
 		}
 	}
+}
+
+// subscribe asks systemd for signals. Subscribing twice on one connection does no harm.
+func (u *Units) subscribe(ctx context.Context, c *dbus.Conn) error {
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(u.Timeout, callTimeout))
+	defer cancel()
+	// Only a dbus-daemon wants it; on its private socket systemd sends everything, and refuses this call. Without it the watch polls.
+	_ = c.AddMatchSignalContext(ctx, dbus.WithMatchInterface(properties), dbus.WithMatchMember("PropertiesChanged"), dbus.WithMatchPathNamespace(unitFolder))
+	err := manager(c).CallWithContext(ctx, managerInterface+".Subscribe", 0).Err
+	if e, ok := errors.AsType[dbus.Error](err); ok && e.Name == "org.freedesktop.systemd1.AlreadySubscribed" {
+		return nil
+	}
+	return err
 }
 
 func wait(ctx context.Context, d time.Duration) {
@@ -271,8 +292,8 @@ func wait(ctx context.Context, d time.Duration) {
 }
 
 // call runs f on the connection, and once more on a new one when the old one turns out to be broken before f did anything.
-func (u *Units) call(ctx context.Context, f func(context.Context, *link) error) error {
-	ctx, cancel := context.WithTimeout(ctx, cmp.Or(u.Timeout, callTimeout))
+func (u *Units) call(caller context.Context, f func(context.Context, *dbus.Conn) error) error {
+	ctx, cancel := context.WithTimeout(caller, cmp.Or(u.Timeout, callTimeout))
 	defer cancel()
 	for try := 0; ; try++ {
 		conn, err := u.current(ctx)
@@ -286,6 +307,9 @@ func (u *Units) call(ctx context.Context, f func(context.Context, *link) error) 
 		if _, answered := errors.AsType[dbus.Error](err); answered {
 			return err // systemd said no; the connection is fine
 		}
+		if errors.Is(caller.Err(), context.Canceled) {
+			return fmt.Errorf("%w: %w", ErrUnreachable, err) // the caller left, which says nothing of the connection
+		}
 		u.drop(conn)
 		if ctx.Err() != nil || try > 0 {
 			return fmt.Errorf("%w: %w", ErrUnreachable, err)
@@ -293,17 +317,17 @@ func (u *Units) call(ctx context.Context, f func(context.Context, *link) error) 
 	}
 }
 
-func (u *Units) drop(c *link) {
+func (u *Units) drop(c *dbus.Conn) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.conn == c {
 		u.conn = nil
 	}
-	c.Close()
+	_ = c.Close()
 }
 
 // current returns a living connection. One dial runs at a time; all callers wait for it, each no longer than its context.
-func (u *Units) current(ctx context.Context) (*link, error) {
+func (u *Units) current(ctx context.Context) (*dbus.Conn, error) {
 	for {
 		u.mu.Lock()
 		switch {
@@ -314,7 +338,7 @@ func (u *Units) current(ctx context.Context) (*link, error) {
 			defer u.mu.Unlock()
 			return u.conn, nil
 		case u.conn != nil:
-			u.conn.Close()
+			_ = u.conn.Close()
 			u.conn = nil
 		}
 		busy := u.dialed
@@ -340,19 +364,19 @@ func (u *Units) current(ctx context.Context) (*link, error) {
 		return nil, err
 	}
 	if u.closed {
-		conn.Close()
+		_ = conn.Close()
 		return nil, fmt.Errorf("%w: closed", ErrUnreachable)
 	}
 	u.conn = conn
 	return conn, nil
 }
 
-// dialTimed connects, but does not wait longer than ctx or Timeout: go-systemd's own set-up makes calls without a time-out.
-func (u *Units) dialTimed(ctx context.Context) (*link, error) {
+// dialTimed connects, but does not wait longer than ctx or Timeout: authentication takes no context.
+func (u *Units) dialTimed(ctx context.Context) (*dbus.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, cmp.Or(u.Timeout, callTimeout))
 	defer cancel()
 	type dialed struct {
-		conn *link
+		conn *dbus.Conn
 		err  error
 	}
 	out := make(chan dialed, 1)
@@ -369,37 +393,23 @@ func (u *Units) dialTimed(ctx context.Context) (*link, error) {
 	case <-ctx.Done():
 		go func() { // nobody wants it any more
 			if d := <-out; d.err == nil {
-				d.conn.Close()
+				_ = d.conn.Close()
 			}
 		}()
 		return nil, fmt.Errorf("%w: %w", ErrUnreachable, ctx.Err())
 	}
 }
 
-func (u *Units) dial() (*link, error) {
-	c, err := dialAt(cmp.Or(u.Private, PrivateSocket), false)
+func (u *Units) dial() (*dbus.Conn, error) {
+	c, err := connect(cmp.Or(u.Private, PrivateSocket), false)
 	if err == nil {
 		return c, nil
 	}
-	c, busErr := dialAt(cmp.Or(u.Bus, SystemBus), true)
+	c, busErr := connect(cmp.Or(u.Bus, SystemBus), true)
 	if busErr == nil {
 		return c, nil
 	}
 	return nil, errors.Join(err, busErr)
-}
-
-func dialAt(socket string, hello bool) (*link, error) {
-	var out link
-	var err error
-	out.Conn, err = sd.NewConnection(func() (*dbus.Conn, error) {
-		c, err := connect(socket, hello)
-		out.calls = cmp.Or(out.calls, c) // go-systemd asks for two: the first is for calls, the second for signals
-		return c, err
-	})
-	if err != nil {
-		return nil, err
-	}
-	return &out, nil
 }
 
 // connect opens one D-Bus connection whose life no context ends. hello: through a dbus-daemon.
@@ -431,14 +441,24 @@ func ignoreNotLoaded(err error) error {
 	return err
 }
 
-func text(v any) string {
-	s, _ := v.(string)
+func unitPath(name string) dbus.ObjectPath {
+	return unitFolder + "/" + dbus.ObjectPath(sd.PathBusEscape(name))
+}
+
+func unitObject(c *dbus.Conn, name string) dbus.BusObject {
+	return c.Object(destination, unitPath(name))
+}
+
+func manager(c *dbus.Conn) dbus.BusObject { return c.Object(destination, managerPath) }
+
+func text(v dbus.Variant) string {
+	s, _ := v.Value().(string)
 	return s
 }
 
 // stamp turns systemd's microseconds since 1970 into a time.
-func stamp(v any) time.Time {
-	usec, _ := v.(uint64)
+func stamp(v dbus.Variant) time.Time {
+	usec, _ := v.Value().(uint64)
 	if usec == 0 {
 		return time.Time{}
 	}

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -90,6 +91,32 @@ func TestUnits_RealSystemd(t *testing.T) {
 		if err != nil {
 			t.Errorf("inside the instance: %v\n%s", err, out)
 		}
+	})
+	t.Run("a watch begins while jobs end", func(t *testing.T) {
+		u := &systemd.Units{Private: in.Private(), Bus: in.Bus(), Timeout: patience}
+		defer u.Close()
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		var wg sync.WaitGroup
+		defer wg.Wait()
+		wg.Go(func() { // jobs end all the time, and systemd says so to all
+			for ctx.Err() == nil {
+				_ = u.Restart(ctx, "fails.service")
+			}
+		})
+		for range 50 {
+			fresh := &systemd.Units{Private: in.Private(), Bus: in.Bus(), Timeout: patience}
+			seen, done := context.WithCancel(ctx)
+			n := 0
+			fresh.Watch(seen, []string{"fails.service"}, func() {
+				if n++; n > 4 { // two of them come without any signal
+					done()
+				}
+			})
+			done()
+			fresh.Close()
+		}
+		cancel()
 	})
 	t.Run("systemd executes itself anew", func(t *testing.T) {
 		u := &systemd.Units{Private: in.Private(), Bus: in.Bus(), Timeout: patience}
