@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -19,6 +20,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/xostor-agents/xostor-agents/agents/failover"
 	"github.com/xostor-agents/xostor-agents/integration/failover/sdns"
@@ -68,11 +71,15 @@ type Host struct {
 	ended chan struct{}
 	stop  chan struct{}
 	once  sync.Once
+	// watched is closed when nothing holds the host's mount namespace any more.
+	watched chan struct{}
 
 	mu      sync.Mutex
 	changes []change // of what the model says of this host, and of the mount
 	mounted bool
-	frozen  bool
+
+	icing  sync.Mutex // held while the filesystem is frozen or thawed
+	frozen bool
 }
 
 // change is one moment of a host.
@@ -227,7 +234,7 @@ func (p *Pool) Drbdadm() string { return filepath.Join(p.Dir, "drbdadm") }
 func (p *Pool) newHost(i int) *Host {
 	tb := p.tb
 	name := fmt.Sprintf("h%d", i+1)
-	h := &Host{p: p, Name: name, Node: p.Cluster.Node(name), Dir: filepath.Join(p.Dir, name), stop: make(chan struct{})}
+	h := &Host{p: p, Name: name, Node: p.Cluster.Node(name), Dir: filepath.Join(p.Dir, name), stop: make(chan struct{}), watched: make(chan struct{})}
 	h.MountPoint = filepath.Join(h.Dir, "linstor")
 	for _, d := range []string{h.MountPoint, h.ResDir()} {
 		must(tb, os.MkdirAll(d, 0o755))
@@ -255,13 +262,17 @@ func (p *Pool) newHost(i int) *Host {
 			fmt.Sprintf("Environment=%s=%s\nStandardError=append:%s\nExecStart=%q agent failover --config %s --log-level debug\n", EnvProgram, programAgent, h.AgentLog(), p.o.Xostor, h.ConfigFile())
 	}
 	h.In = sdns.Start(tb, h.Dir, units)
+	mounts, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", h.In.PID))
+	must(tb, err)
+	host, err := unix.PidfdOpen(h.In.PID, 0)
+	must(tb, err)
+	go h.watchMounts(mounts, host)
 	h.units = &systemd.Units{Private: "/nonexistent", Bus: h.In.Bus(), Timeout: time.Minute}
 	tb.Cleanup(h.units.Close)
 	tb.Cleanup(h.end)
 	h.Node.OnForced = func() { go h.thaw() }
+	h.watchModel()
 	p.Wall.Do(func() { p.Cluster.Boot(h.Node) })
-	go h.watchMounts()
-	go h.watchModel()
 	return h
 }
 
@@ -349,6 +360,7 @@ func (h *Host) end() {
 		h.thaw()
 		_ = syscall.Kill(h.In.PID, syscall.SIGKILL)
 		close(h.stop)
+		<-h.watched
 	})
 }
 
@@ -366,78 +378,78 @@ func (p *Pool) Close() {
 	}
 }
 
-// watchMounts lets the model know when the device is opened and closed.
-func (h *Host) watchMounts() {
-	tick := time.NewTicker(2 * time.Millisecond)
-	defer tick.Stop()
-	file := fmt.Sprintf("/proc/%d/mountinfo", h.In.PID)
-	for {
+// watchMounts lets the model know when the device is opened and closed, as the kernel tells it (mountinfo, proc(5)), until the host is dead: to look at it every
+// moment would take from the agents' processors what is measured here.
+func (h *Host) watchMounts(mounts *os.File, host int) {
+	defer close(h.watched)
+	defer unix.Close(host)
+	defer mounts.Close() // it holds the namespace, and all that is mounted there
+	for dead := false; !dead; {
+		wait := []unix.PollFd{{Fd: int32(mounts.Fd()), Events: unix.POLLPRI}, {Fd: int32(host), Events: unix.POLLIN}}
+		text, err := io.ReadAll(io.NewSectionReader(mounts, 0, 1<<20))
+		h.setMounted(err == nil && bytes.Contains(text, []byte(" "+h.MountPoint+" ")))
+		_, _ = unix.Poll(wait, 100)
 		select {
 		case <-h.stop:
 			return
-		case <-tick.C:
+		default:
+			dead = wait[1].Revents != 0
 		}
-		text, err := os.ReadFile(file)
-		now := err == nil && bytes.Contains(text, []byte(" "+h.MountPoint+" "))
-		h.mu.Lock()
-		was := h.mounted
-		h.mounted = now
-		h.mu.Unlock()
-		if now == was {
-			continue
-		}
-		h.p.Wall.Do(func() {
-			if now {
-				_ = h.Node.Open("mount") // a refusal was given to the mount unit already
-			} else {
-				h.Node.Close("mount")
-			}
-		})
-		h.note(map[bool]string{true: "mounted", false: "unmounted"}[now])
 	}
+	h.setMounted(false)
+}
+
+func (h *Host) setMounted(now bool) {
+	h.mu.Lock()
+	was := h.mounted
+	h.mounted = now
+	h.mu.Unlock()
+	if now == was {
+		return
+	}
+	h.p.Wall.Do(func() {
+		if now {
+			_ = h.Node.Open("mount") // a refusal was given to the mount unit already
+		} else {
+			h.Node.Close("mount")
+		}
+	})
+	h.note(map[bool]string{true: "mounted", false: "unmounted"}[now])
 }
 
 // watchModel notes what the model says, and freezes the filesystem when writes would hang.
 func (h *Host) watchModel() {
-	tick := time.NewTicker(time.Millisecond)
-	defer tick.Stop()
-	last := map[string]bool{}
-	for {
-		select {
-		case <-h.stop:
-			return
-		case <-tick.C:
-		}
-		now := map[string]bool{}
-		h.p.Wall.Do(func() {
-			now["may-promote"] = h.Node.MayPromote()
-			now["primary"] = h.Node.IsPrimary()
-			now["quorum"] = h.Node.HasQuorum()
-			now["suspended"] = h.Node.Suspended()
-		})
-		for _, k := range []string{"may-promote", "primary", "quorum", "suspended"} {
-			if now[k] != last[k] {
-				h.note(map[bool]string{true: k, false: "no " + k}[now[k]])
+	facts := []struct {
+		name string
+		is   func() bool
+		was  bool
+	}{{name: "may-promote", is: h.Node.MayPromote}, {name: "primary", is: h.Node.IsPrimary}, {name: "quorum", is: h.Node.HasQuorum}, {name: "suspended", is: h.Node.Suspended}}
+	h.p.Wall.Observe(func() {
+		for i, f := range facts {
+			now := f.is()
+			if now == f.was {
+				continue
+			}
+			facts[i].was = now
+			h.note(map[bool]string{true: f.name, false: "no " + f.name}[now])
+			if now && f.name == "suspended" {
+				go h.freeze()
 			}
 		}
-		if now["suspended"] && !last["suspended"] {
-			h.freeze()
-		}
-		last = now
-	}
+	})
 }
 
 func (h *Host) freeze() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.mounted && !h.frozen && h.In.Command("fsfreeze", "--freeze", h.MountPoint).Run() == nil {
+	h.icing.Lock()
+	defer h.icing.Unlock()
+	if h.Mounted() && !h.frozen && h.In.Command("fsfreeze", "--freeze", h.MountPoint).Run() == nil {
 		h.frozen = true
 	}
 }
 
 func (h *Host) thaw() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
+	h.icing.Lock()
+	defer h.icing.Unlock()
 	if h.frozen && h.In.Command("fsfreeze", "--unfreeze", h.MountPoint).Run() == nil {
 		h.frozen = false
 	}

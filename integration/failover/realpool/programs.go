@@ -73,9 +73,12 @@ func controller() error {
 		return err
 	}
 	defer db.Close()
+	block := make([]byte, 4096)
+	if _, err := db.WriteAt(block, 0); err != nil { // a controller that is up has written its schema
+		return err
+	}
 	var broken atomic.Bool
 	go func() {
-		block := make([]byte, 4096)
 		for range time.Tick(20 * time.Millisecond) {
 			_, err := db.WriteAt(block, 0)
 			if err = errors.Join(err, db.Sync()); err != nil {

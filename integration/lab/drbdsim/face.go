@@ -16,7 +16,10 @@ import (
 )
 
 // Wall is a Scheduler by the wall clock. Do runs a function alone, as Cluster wants it.
-type Wall struct{ mu sync.Mutex }
+type Wall struct {
+	mu   sync.Mutex
+	look []func()
+}
 
 // Now implements Scheduler.
 func (w *Wall) Now() time.Time { return time.Now() }
@@ -31,7 +34,13 @@ func (w *Wall) Do(f func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	f()
+	for _, look := range w.look {
+		look()
+	}
 }
+
+// Observe has f called after everything that ran, before anything else runs. f must be quick, and must not call w.
+func (w *Wall) Observe(f func()) { w.Do(func() { w.look = append(w.look, f) }) }
 
 // Call is one command that a face program was given, for tests.
 type Call struct {
