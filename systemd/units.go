@@ -100,7 +100,7 @@ func (u *Units) Close() {
 	defer u.mu.Unlock()
 	u.closed = true
 	if u.conn != nil {
-		_ = u.conn.Close() // nothing is waiting to be written
+		_ = u.conn.Close() // calls under way end with an error of their own
 		u.conn = nil
 	}
 }
@@ -223,8 +223,9 @@ func (u *Units) Watch(ctx context.Context, names []string, hint func()) {
 		wanted[unitPath(n)] = true
 	}
 	for ctx.Err() == nil {
+		began := time.Now()
 		u.watchOnce(ctx, wanted, hint)
-		wait(ctx, redial)
+		wait(ctx, redial-time.Since(began)) // what lasted for a while is replaced at once
 	}
 }
 
@@ -241,7 +242,9 @@ func (u *Units) watchOnce(ctx context.Context, wanted map[dbus.ObjectPath]bool, 
 	conn.Signal(signals)
 	defer conn.RemoveSignal(signals)
 	subscribed := make(chan error, 1)
-	go func() { subscribed <- u.subscribe(ctx, conn) }()
+	subscribe := func() { subscribed <- u.subscribe(ctx, conn) }
+	go subscribe()
+	refused := false
 	poll := time.NewTicker(watchPoll)
 	defer poll.Stop()
 	for {
@@ -251,30 +254,37 @@ func (u *Units) watchOnce(ctx context.Context, wanted map[dbus.ObjectPath]bool, 
 		case <-conn.Context().Done():
 			return
 		case err := <-subscribed:
-			if err != nil {
-				u.drop(conn)
+			if _, refused = errors.AsType[dbus.Error](err); err != nil && !refused {
+				if ctx.Err() == nil {
+					u.drop(conn)
+				}
 				return
 			}
 			hint() // what changed until now was not told
 		case <-poll.C:
+			if refused { // a no says nothing against the connection, which calls use too
+				refused = false
+				go subscribe()
+			}
 			hint()
 		case sig, open := <-signals:
 			if !open {
 				return
 			}
-			if sig.Name == changed && wanted[sig.Path] {
+			// Each change comes twice, for the unit and for its type.
+			if sig.Name == changed && wanted[sig.Path] && len(sig.Body) > 0 && sig.Body[0] == unitInterface {
 				hint()
 			}
 		}
 	}
 }
 
-// subscribe asks systemd for signals. Subscribing twice on one connection does no harm.
+// subscribe asks systemd for signals. Doing it again on one connection leaves one more rule at a dbus-daemon and nothing else.
 func (u *Units) subscribe(ctx context.Context, c *dbus.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, cmp.Or(u.Timeout, callTimeout))
 	defer cancel()
 	// Only a dbus-daemon wants it; on its private socket systemd sends everything, and refuses this call. Without it the watch polls.
-	_ = c.AddMatchSignalContext(ctx, dbus.WithMatchInterface(properties), dbus.WithMatchMember("PropertiesChanged"), dbus.WithMatchPathNamespace(unitFolder))
+	_ = c.AddMatchSignalContext(ctx, dbus.WithMatchInterface(properties), dbus.WithMatchMember("PropertiesChanged"), dbus.WithMatchPathNamespace(unitFolder), dbus.WithMatchArg(0, unitInterface))
 	err := manager(c).CallWithContext(ctx, managerInterface+".Subscribe", 0).Err
 	if e, ok := errors.AsType[dbus.Error](err); ok && e.Name == "org.freedesktop.systemd1.AlreadySubscribed" {
 		return nil
@@ -355,7 +365,7 @@ func (u *Units) current(ctx context.Context) (*dbus.Conn, error) {
 	done := make(chan struct{})
 	u.dialed = done
 	u.mu.Unlock()
-	conn, err := u.dialTimed(ctx)
+	conn, err := u.dial(ctx)
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.dialed = nil
@@ -371,56 +381,34 @@ func (u *Units) current(ctx context.Context) (*dbus.Conn, error) {
 	return conn, nil
 }
 
-// dialTimed connects, but does not wait longer than ctx or Timeout: authentication takes no context.
-func (u *Units) dialTimed(ctx context.Context) (*dbus.Conn, error) {
+// dial connects, but takes no longer than ctx or Timeout.
+func (u *Units) dial(ctx context.Context) (*dbus.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, cmp.Or(u.Timeout, callTimeout))
 	defer cancel()
-	type dialed struct {
-		conn *dbus.Conn
-		err  error
-	}
-	out := make(chan dialed, 1)
-	go func() {
-		conn, err := u.dial()
-		out <- dialed{conn, err}
-	}()
-	select {
-	case d := <-out:
-		if d.err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrUnreachable, d.err)
-		}
-		return d.conn, nil
-	case <-ctx.Done():
-		go func() { // nobody wants it any more
-			if d := <-out; d.err == nil {
-				_ = d.conn.Close()
-			}
-		}()
-		return nil, fmt.Errorf("%w: %w", ErrUnreachable, ctx.Err())
-	}
-}
-
-func (u *Units) dial() (*dbus.Conn, error) {
-	c, err := connect(cmp.Or(u.Private, PrivateSocket), false)
+	c, err := connect(ctx, cmp.Or(u.Private, PrivateSocket), false)
 	if err == nil {
 		return c, nil
 	}
-	c, busErr := connect(cmp.Or(u.Bus, SystemBus), true)
+	c, busErr := connect(ctx, cmp.Or(u.Bus, SystemBus), true)
 	if busErr == nil {
 		return c, nil
 	}
-	return nil, errors.Join(err, busErr)
+	return nil, fmt.Errorf("%w: %w", ErrUnreachable, errors.Join(err, busErr))
 }
 
-// connect opens one D-Bus connection whose life no context ends. hello: through a dbus-daemon.
-func connect(socket string, hello bool) (*dbus.Conn, error) {
+// connect opens one D-Bus connection. ctx bounds the opening and not its life. hello: through a dbus-daemon.
+func connect(ctx context.Context, socket string, hello bool) (*dbus.Conn, error) {
 	// The default handler starts a goroutine for each signal when a hundred are waiting, and reorders them.
 	conn, err := dbus.Dial("unix:path="+socket, dbus.WithSignalHandler(dbus.NewSequentialSignalHandler()))
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w", socket, err)
 	}
+	opened := context.AfterFunc(ctx, func() { _ = conn.Close() }) // authentication takes no context
 	if err = conn.Auth([]dbus.Auth{dbus.AuthExternal(strconv.Itoa(os.Getuid()))}); err == nil && hello {
 		err = conn.Hello()
+	}
+	if !opened() {
+		err = ctx.Err()
 	}
 	if err != nil {
 		_ = conn.Close() // it is of no use; the error above says why

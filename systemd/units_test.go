@@ -1,9 +1,13 @@
 package systemd_test
 
 import (
+	"bufio"
+	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -11,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/godbus/dbus/v5"
 
 	"github.com/xostor-agents/xostor-agents/integration/failover/sdns"
 	"github.com/xostor-agents/xostor-agents/systemd"
@@ -241,10 +247,131 @@ func TestUnits_MuteSystemd(t *testing.T) {
 	defer l.Close()
 	u := &systemd.Units{Private: path, Bus: "/nonexistent"}
 	defer u.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	files := func() int {
+		list, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list)
+	}
+	before := files()
+	for range 20 {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		if _, err := u.State(ctx, "x.service"); !errors.Is(err, systemd.ErrUnreachable) || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v, want ErrUnreachable after the deadline", err)
+		}
+		cancel()
+	}
+	if now := files(); now > before {
+		t.Errorf("%d open files, were %d", now, before)
+	}
+}
+
+// pretend is a systemd that answers each call, when answer returns, with a reply without values or with the name that the error is.
+func pretend(t *testing.T, answer func(member string) error) (socket string) {
+	t.Helper()
+	socket = filepath.Join(short(t), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	serve := func(c net.Conn) error {
+		in := bufio.NewReader(c)
+		for _, say := range []string{"REJECTED EXTERNAL", "OK 00", "AGREE_UNIX_FD", ""} { // to AUTH, AUTH EXTERNAL, NEGOTIATE_UNIX_FD, BEGIN
+			if _, err := in.ReadString('\n'); err != nil {
+				return err
+			}
+			if say != "" {
+				if _, err := io.WriteString(c, say+"\r\n"); err != nil {
+					return err
+				}
+			}
+		}
+		var mu sync.Mutex
+		serial := uint32(0)
+		for {
+			m, err := dbus.DecodeMessage(in)
+			if err != nil {
+				return err
+			}
+			go func() {
+				member, _ := m.Headers[dbus.FieldMember].Value().(string)
+				reply := &dbus.Message{Type: dbus.TypeMethodReply, Headers: map[dbus.HeaderField]dbus.Variant{dbus.FieldReplySerial: dbus.MakeVariant(m.Serial())}}
+				if err := answer(member); err != nil {
+					reply.Type = dbus.TypeError
+					reply.Headers[dbus.FieldErrorName] = dbus.MakeVariant(err.Error())
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				var text bytes.Buffer
+				if err := reply.EncodeTo(&text, binary.LittleEndian); err != nil {
+					t.Errorf("encode a reply: %v", err)
+				}
+				serial++
+				binary.LittleEndian.PutUint32(text.Bytes()[8:], serial) // godbus gives one only to what it sends itself
+				_, _ = c.Write(text.Bytes())                            // the client may be gone
+			}()
+		}
+	}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				_ = serve(c) // the client is gone, or will say what it misses
+				_ = c.Close()
+			}()
+		}
+	}()
+	return socket
+}
+
+// A systemd that refuses to send signals still takes calls: the watch must not take their connection away, or a restart would be sent twice.
+func TestUnits_SubscriptionRefused(t *testing.T) {
+	var mu sync.Mutex
+	seen := map[string]int{}
+	restarting, heard := make(chan struct{}), make(chan struct{})
+	socket := pretend(t, func(member string) error {
+		mu.Lock()
+		seen[member]++
+		first := seen[member] == 1
+		mu.Unlock()
+		switch member {
+		case "Subscribe":
+			<-restarting
+			return errors.New("org.freedesktop.DBus.Error.AccessDenied")
+		case "RestartUnit":
+			if first {
+				close(restarting)
+			}
+			<-heard
+		}
+		return nil
+	})
+	u := &systemd.Units{Private: socket, Bus: "/nonexistent", Timeout: patience}
+	defer u.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	defer wg.Wait()
 	defer cancel()
-	if _, err := u.State(ctx, "x.service"); !errors.Is(err, systemd.ErrUnreachable) || !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("got %v, want ErrUnreachable after the deadline", err)
+	hints := make(chan struct{}, 100)
+	wg.Go(func() { u.Watch(ctx, []string{"x.service"}, func() { hints <- struct{}{} }) })
+	restart := make(chan error)
+	wg.Go(func() { restart <- u.Restart(ctx, "x.service") })
+	for range 3 { // at the beginning, after the no, and by the clock
+		<-hints
+	}
+	close(heard)
+	if err := <-restart; err != nil {
+		t.Error(err)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if seen["RestartUnit"] != 1 || seen["ResetFailedUnit"] != 1 {
+		t.Errorf("one restart was sent as %v", seen)
 	}
 }
 
