@@ -80,7 +80,7 @@ vm: ## the heartbeat against a real kernel's nbd client, in an emulated machine 
 
 package: build ## a tar of the static binaries, licence and documents
 	@mkdir -p build/xostor-$(VERSION)
-	cp build/xostor LICENSE README.md CHANGELOG.md build/xostor-$(VERSION)/
+	cp build/xostor build/xostor-heartbeat LICENSE README.md CHANGELOG.md build/xostor-$(VERSION)/
 	tar -C build -czf build/xostor-$(VERSION).tar.gz xostor-$(VERSION)
 	rm -r build/xostor-$(VERSION)
 	@echo "build/xostor-$(VERSION).tar.gz"
