@@ -262,11 +262,12 @@ func (p *Pool) newHost(i int) *Host {
 			fmt.Sprintf("Environment=%s=%s\nStandardError=append:%s\nExecStart=%q agent failover --config %s --log-level debug\n", EnvProgram, programAgent, h.AgentLog(), p.o.Xostor, h.ConfigFile())
 	}
 	h.In = sdns.Start(tb, h.Dir, units)
-	mounts, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", h.In.PID))
+	// os.Open would let Go's runtime poll the file too, and each event is told to one of them only.
+	mounts, err := unix.Open(fmt.Sprintf("/proc/%d/mountinfo", h.In.PID), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	must(tb, err)
 	host, err := unix.PidfdOpen(h.In.PID, 0)
 	must(tb, err)
-	go h.watchMounts(mounts, host)
+	go h.watchMounts(os.NewFile(uintptr(mounts), "mountinfo"), host)
 	h.units = &systemd.Units{Private: "/nonexistent", Bus: h.In.Bus(), Timeout: time.Minute}
 	tb.Cleanup(h.units.Close)
 	tb.Cleanup(h.end)
@@ -442,7 +443,15 @@ func (h *Host) watchModel() {
 func (h *Host) freeze() {
 	h.icing.Lock()
 	defer h.icing.Unlock()
-	if h.Mounted() && !h.frozen && h.In.Command("fsfreeze", "--freeze", h.MountPoint).Run() == nil {
+	select {
+	case <-h.stop:
+		return
+	default:
+	}
+	still := false
+	h.p.Wall.Do(func() { still = h.Node.Suspended() })
+	// Where nothing is mounted, fsfreeze would freeze the filesystem that the folder is on.
+	if still && !h.frozen && h.In.Command("sh", "-c", `mountpoint -q "$0" && fsfreeze --freeze "$0"`, h.MountPoint).Run() == nil {
 		h.frozen = true
 	}
 }
