@@ -220,7 +220,8 @@ func TestCloseEndsInTimeWithSubscribersThatNeverRead(t *testing.T) {
 func TestServiceAnswers(t *testing.T) {
 	_, o := startBus(t, nil)
 	for _, host := range []string{"h1", "h2"} {
-		s, err := bus.Serve(dial(t, o, host), bus.ServiceInfo{Agent: "sr-size", Host: host, HostName: "xcp-" + host, Version: "1.2.3"}, func() any {
+		c := dial(t, o, host)
+		s, err := bus.Serve(c, bus.ServiceInfo{Agent: "sr-size", Host: host, HostName: "xcp-" + host, Version: "1.2.3"}, func() any {
 			return map[string]string{"state": "idle on " + host}
 		})
 		if err != nil {
@@ -231,9 +232,14 @@ func TestServiceAnswers(t *testing.T) {
 				t.Error(err)
 			}
 		})
+		if err := c.Flush(t.Context()); err != nil { // from here on the server knows that it answers
+			t.Fatal(err)
+		}
 	}
 	asker := dial(t, o, "asker")
-	all, err := bus.Statuses(t.Context(), asker, func(got []bus.Status) bool { return len(got) == 2 })
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	all, err := bus.Statuses(ctx, asker, func(got []bus.Status) bool { return len(got) == 2 })
 	if err != nil || len(all) != 2 {
 		t.Fatalf("statuses: %+v, %v", all, err)
 	}

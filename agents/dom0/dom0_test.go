@@ -198,7 +198,9 @@ func TestOptions_WakesReportsAndStatusGoOverTheBus(t *testing.T) {
 	if err := d.Bus.Flush(t.Context()); err != nil { // from here on the server knows who answers
 		t.Fatal(err)
 	}
-	answers, err := bus.Statuses(t.Context(), mine, func(s []bus.Status) bool { return len(s) == 1 })
+	asking, stop := context.WithTimeout(t.Context(), 20*time.Second)
+	defer stop()
+	answers, err := bus.Statuses(asking, mine, func(s []bus.Status) bool { return len(s) == 1 })
 	if err != nil || len(answers) != 1 || answers[0].Agent != "sr-size" || answers[0].Host != d.Facts.HostUUID {
 		t.Errorf("statuses %+v, %v", answers, err)
 	}
