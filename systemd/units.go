@@ -232,7 +232,7 @@ func (u *Units) Watch(ctx context.Context, names []string, hint func()) {
 // watchOnce follows one connection until it breaks.
 func (u *Units) watchOnce(ctx context.Context, wanted map[dbus.ObjectPath]bool, hint func()) {
 	hint()
-	dialing, cancel := context.WithTimeout(ctx, cmp.Or(u.Timeout, callTimeout))
+	dialing, cancel := u.bounded(ctx)
 	conn, err := u.current(dialing)
 	cancel()
 	if err != nil {
@@ -281,7 +281,7 @@ func (u *Units) watchOnce(ctx context.Context, wanted map[dbus.ObjectPath]bool, 
 
 // subscribe asks systemd for signals. Doing it again on one connection leaves one more rule at a dbus-daemon and nothing else.
 func (u *Units) subscribe(ctx context.Context, c *dbus.Conn) error {
-	ctx, cancel := context.WithTimeout(ctx, cmp.Or(u.Timeout, callTimeout))
+	ctx, cancel := u.bounded(ctx)
 	defer cancel()
 	// Only a dbus-daemon wants it; on its private socket systemd sends everything, and refuses this call. Without it the watch polls.
 	_ = c.AddMatchSignalContext(ctx, dbus.WithMatchInterface(properties), dbus.WithMatchMember("PropertiesChanged"), dbus.WithMatchPathNamespace(unitFolder), dbus.WithMatchArg(0, unitInterface))
@@ -290,6 +290,11 @@ func (u *Units) subscribe(ctx context.Context, c *dbus.Conn) error {
 		return nil
 	}
 	return err
+}
+
+// bounded gives systemd its time to answer.
+func (u *Units) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, cmp.Or(u.Timeout, callTimeout))
 }
 
 func wait(ctx context.Context, d time.Duration) {
@@ -303,7 +308,7 @@ func wait(ctx context.Context, d time.Duration) {
 
 // call runs f on the connection, and once more on a new one when the old one turns out to be broken before f did anything.
 func (u *Units) call(caller context.Context, f func(context.Context, *dbus.Conn) error) error {
-	ctx, cancel := context.WithTimeout(caller, cmp.Or(u.Timeout, callTimeout))
+	ctx, cancel := u.bounded(caller)
 	defer cancel()
 	for try := 0; ; try++ {
 		conn, err := u.current(ctx)
@@ -336,7 +341,7 @@ func (u *Units) drop(c *dbus.Conn) {
 	_ = c.Close()
 }
 
-// current returns a living connection. One dial runs at a time; all callers wait for it, each no longer than its context.
+// current returns a living connection. One dial runs at a time; all callers wait for it, each no longer than its context, which must have an end.
 func (u *Units) current(ctx context.Context) (*dbus.Conn, error) {
 	for {
 		u.mu.Lock()
@@ -381,10 +386,7 @@ func (u *Units) current(ctx context.Context) (*dbus.Conn, error) {
 	return conn, nil
 }
 
-// dial connects, but takes no longer than ctx or Timeout.
 func (u *Units) dial(ctx context.Context) (*dbus.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, cmp.Or(u.Timeout, callTimeout))
-	defer cancel()
 	c, err := connect(ctx, cmp.Or(u.Private, PrivateSocket), false)
 	if err == nil {
 		return c, nil
