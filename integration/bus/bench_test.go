@@ -1,7 +1,6 @@
 package bus_test
 
 import (
-	"bufio"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -124,8 +123,8 @@ func BenchmarkIdleHost(b *testing.B) {
 	pids := []int{n.daemon.Pid()}
 	for b.Loop() {
 		b.ReportMetric(percent(b, pids[0]), "bus-cpu-%")
-		b.ReportMetric(float64(memory(b, pids[0], "status", "VmRSS:"))/1024, "bus-rss-MB")
-		b.ReportMetric(float64(memory(b, pids[0], "status", "RssAnon:"))/1024, "bus-anon-MB")
+		b.ReportMetric(float64(lab.ProcNumber(b, pids[0], "status", "VmRSS:"))/1024, "bus-rss-MB")
+		b.ReportMetric(float64(lab.ProcNumber(b, pids[0], "status", "RssAnon:"))/1024, "bus-anon-MB")
 		for i := len(pids); i < 7; i++ {
 			d, err := lab.StartDaemon(lab.DaemonOptions{Bin: "ip", Args: []string{"netns", "exec", n.ns, xostor, "agent", "sr-size", "--config", n.config},
 				Notify: filepath.Join(n.dir, fmt.Sprint("n", i))})
@@ -138,9 +137,9 @@ func BenchmarkIdleHost(b *testing.B) {
 		b.ReportMetric(percent(b, pids[0]), "bus-with-agents-cpu-%")
 		pss := 0
 		for _, pid := range pids {
-			pss += memory(b, pid, "smaps_rollup", "Pss:")
+			pss += lab.ProcNumber(b, pid, "smaps_rollup", "Pss:")
 		}
-		b.ReportMetric(float64(memory(b, pids[0], "smaps_rollup", "Pss:"))/1024, "bus-pss-MB")
+		b.ReportMetric(float64(lab.ProcNumber(b, pids[0], "smaps_rollup", "Pss:"))/1024, "bus-pss-MB")
 		b.ReportMetric(float64(pss)/1024, "seven-pss-MB")
 	}
 }
@@ -165,22 +164,4 @@ func cpu(b *testing.B, pid int) int {
 	user, _ := strconv.Atoi(f[11])
 	system, _ := strconv.Atoi(f[12])
 	return user + system
-}
-
-// memory is a figure of /proc/<pid>/<file> in KiB.
-func memory(b *testing.B, pid int, file, key string) int {
-	b.Helper()
-	f, err := os.Open(fmt.Sprintf("/proc/%d/%s", pid, file))
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer f.Close()
-	for lines := bufio.NewScanner(f); lines.Scan(); {
-		if fields := strings.Fields(lines.Text()); len(fields) > 1 && fields[0] == key {
-			n, _ := strconv.Atoi(fields[1])
-			return n
-		}
-	}
-	b.Fatalf("%s has no %s", f.Name(), key)
-	return 0
 }

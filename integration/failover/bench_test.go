@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/xostor-agents/xostor-agents/integration/failover/realpool"
+	"github.com/xostor-agents/xostor-agents/integration/lab"
 )
 
 func atoi(s string) int {
@@ -168,20 +169,11 @@ func most(b *testing.B, p *realpool.Pool) (m held) {
 	b.Helper()
 	for _, h := range p.Hosts {
 		for _, pid := range h.PIDs("agent") {
-			dir := fmt.Sprintf("/proc/%d", pid)
-			files, err := os.ReadDir(dir + "/fd")
-			must(b, err)
-			status, err := os.ReadFile(dir + "/status")
+			files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 			must(b, err)
 			m.files = max(m.files, len(files))
-			for line := range strings.Lines(string(status)) {
-				switch f := strings.Fields(line); f[0] {
-				case "Threads:":
-					m.threads = max(m.threads, atoi(f[1]))
-				case "RssAnon:":
-					m.kib = max(m.kib, atoi(f[1]))
-				}
-			}
+			m.threads = max(m.threads, lab.ProcNumber(b, pid, "status", "Threads:"))
+			m.kib = max(m.kib, lab.ProcNumber(b, pid, "status", "RssAnon:"))
 		}
 	}
 	return m
@@ -271,22 +263,8 @@ func BenchmarkAgentMemory(b *testing.B) {
 		o := p.Settled()
 		<-time.After(20 * time.Second)
 		for _, pid := range o.PIDs("agent") {
-			status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-			must(b, err)
-			for line := range strings.Lines(string(status)) {
-				if kb, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-					b.ReportMetric(float64(atoi(strings.Fields(kb)[0]))/1024, "MiB-RSS")
-				}
-				if kb, ok := strings.CutPrefix(line, "RssAnon:"); ok {
-					b.ReportMetric(float64(atoi(strings.Fields(kb)[0]))/1024, "MiB-anon")
-				}
-			}
-			rollup, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
-			must(b, err)
-			for line := range strings.Lines(string(rollup)) {
-				if kb, ok := strings.CutPrefix(line, "Pss:"); ok {
-					b.ReportMetric(float64(atoi(strings.Fields(kb)[0]))/1024, "MiB-PSS")
-				}
+			for _, f := range []struct{ file, key, unit string }{{"status", "VmRSS:", "MiB-RSS"}, {"status", "RssAnon:", "MiB-anon"}, {"smaps_rollup", "Pss:", "MiB-PSS"}} {
+				b.ReportMetric(float64(lab.ProcNumber(b, pid, f.file, f.key))/1024, f.unit)
 			}
 		}
 		p.Close()
